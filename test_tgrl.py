@@ -1,0 +1,1352 @@
+"""Proof that tgrl.py does what it says: `pytest -q`. Real Qwen2.5-VL classes with a tiny configuration, no mocks of them."""
+
+import ast
+import dataclasses
+import inspect
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from accelerate.utils import set_seed
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import GenerationConfig
+
+import tgrl
+from eval import show
+from tgrl import BadInput, Config, _MathVerify, expert_weights, extract_boxed, group_advantages, is_equivalent, math_verify, reward, tgrl_loss, token_shares, unified_coefficient  # fmt: skip
+
+
+# ===== The loss, against the paper's equations as plain loops ==========================================================
+
+LOW, HIGH = 0.2, 0.28  # unequal, so that no test passes with the sides exchanged
+BOTH = pytest.mark.parametrize("algorithm", ["grpo", "dapo"])
+
+
+def random_groups(seed, n_groups=3, n_on=4, n_off=2, lengths=(1, 9), spread=0.5, dtype=torch.float64, equal=False, constant=False):
+    """Groups laid out as [N, T]. Each holds a right and a wrong policy answer, experts are right and wrong by turns, padding is garbage."""
+    rng = torch.Generator().manual_seed(seed)
+    n, size, width = n_groups * (n_on + n_off), n_on + n_off, lengths[1] + 1  # a column more than the longest answer
+    noise = lambda: spread * torch.randn(n, width, generator=rng, dtype=dtype)  # noqa: E731
+    mask = torch.arange(width) < torch.randint(lengths[0], lengths[1] + 1, (n, 1), generator=rng)
+    rewards = torch.randint(0, 2, (n_groups, size), generator=rng).to(dtype)
+    rewards[:, 0], rewards[:, 1] = 1, 0
+    rewards[:, n_on:] = (torch.arange(n_groups)[:, None] + torch.arange(n_off)) % 2
+    rewards = torch.ones_like(rewards) if equal else rewards
+    is_expert = (torch.arange(size) >= n_on).repeat(n_groups)
+    logp = -3 * torch.rand(n, width, generator=rng, dtype=dtype)
+    logp = (logp * 64).round() / 64  # so that a constant difference is one to the last bit
+    garbage = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype).repeat(width)[:width]
+    fill = lambda x: torch.where(mask, x, garbage)  # noqa: E731
+    return SimpleNamespace(
+        size=size, mask=mask, rewards=rewards, is_expert=is_expert, expert_ok=rewards.flatten() == 1,
+        logp=fill(logp), behavior_logp=fill(logp + (0.25 if constant else noise())), ref_logp=fill(logp + noise()),
+        advantages=group_advantages(rewards).flatten(),
+    )  # fmt: skip
+
+
+def loss_of(b, algorithm, sharpness=5.0, kl_coef=0.0, totals=(None, None), **changed):
+    b = SimpleNamespace(**vars(b) | changed)
+    shares = token_shares(b.mask.to(b.logp.dtype), algorithm, *totals)
+    return tgrl_loss(b.logp, b.behavior_logp, b.mask, b.advantages, b.is_expert, b.expert_ok, shares, sharpness=sharpness,
+                     clip_low=LOW, clip_high=HIGH, kl_coef=kl_coef, ref_logp=b.ref_logp)  # fmt: skip
+
+
+def gradient(b, algorithm, **options):
+    """d loss / d logp, [N, T]."""
+    logp = b.logp.clone().requires_grad_()
+    return torch.autograd.grad(loss_of(b, algorithm, logp=logp, **options)[0], logp)[0]
+
+
+def groups_of(b, start, stop):
+    """Some of the groups, without the padding that only the others needed."""
+    rows = slice(start * b.size, stop * b.size)
+    width = int(b.mask[rows].sum(1).max())
+    part = {k: v[rows, :width] if v.dim() == 2 else v[rows] for k, v in vars(b).items() if k not in ("size", "rewards")}
+    return SimpleNamespace(size=b.size, rewards=b.rewards[start:stop], **part)
+
+
+# -- the equations, once more, with nothing but floats -----------------------------------------------------------------
+
+
+def oracle(b, algorithm, sharpness, kl_coef, eps=1e-6):
+    n, G = len(b.logp), b.size
+    length = [sum(row) for row in b.mask.tolist()]
+    logp, behavior, ref = ([row[:k] for row, k in zip(x.tolist(), length)] for x in (b.logp, b.behavior_logp, b.ref_logp))
+    expert, ok, rewards = b.is_expert.tolist(), b.expert_ok.tolist(), b.rewards.tolist()
+    advantages, weights, coefficients, shares, loss, metrics = [], [], [], [], 0.0, defaultdict(list)
+    for i in range(n):
+        group = rewards[i // G]
+        mu = sum(group) / G
+        sigma = math.sqrt(sum((R - mu) ** 2 for R in group) / (G - 1))  # Eq. 15
+        A = (group[i % G] - mu) / (sigma + eps)  # Eq. 16
+        delta = [old - new for old, new in zip(behavior[i], logp[i])]  # Eq. 18
+        mu = sum(delta) / length[i]
+        sigma = math.sqrt(sum((d - mu) ** 2 for d in delta) / max(length[i] - 1, 1))
+        w = [1 / (1 + math.exp(-(sharpness or 0) * (d - mu) / (sigma + eps))) for d in delta]  # Eq. 19-20
+        advantages.append(A), weights.append(w), coefficients.append([]), shares.append([])
+        for t in range(length[i]):
+            r = math.exp(logp[i][t]) / math.exp(behavior[i][t])  # Eq. 17, or pi_theta / pi_old
+            if expert[i]:
+                r *= (1 if sharpness is None else w[t]) * (1 if ok[i] else 0)  # Eq. 21-23
+            share = 1 / (n // G) / G / length[i] if algorithm == "grpo" else 1 / sum(length)  # Eq. 24, Eq. 25
+            inside, bounded = r * A, max(1 - LOW, min(1 + HIGH, r)) * A
+            loss -= share * min(inside, bounded)
+            if not expert[i]:
+                gap = ref[i][t] - logp[i][t]
+                loss += kl_coef * share * (math.exp(gap) - gap - 1)
+                metrics["kl"].append(math.exp(gap) - gap - 1)
+                metrics["entropy"].append(-logp[i][t])
+                metrics["ratio"].append(r)
+                metrics["clipped"].append(bounded < inside)
+            elif ok[i]:
+                metrics["expert_coefficient"].append(r)
+                metrics["expert_clipped"].append(bounded < inside)
+                metrics["expert_logp"].append(logp[i][t])
+                metrics["expert_delta"].append(delta[t])
+            coefficients[i].append(r), shares[i].append(share)
+            if not expert[i] or ok[i]:
+                metrics["objective"].append(share * min(inside, bounded))
+    return SimpleNamespace(A=advantages, w=weights, r=coefficients, shares=shares, loss=loss, metrics=metrics)
+
+
+CASES = {
+    "mixed": {},
+    "many experts": dict(n_off=5, n_on=2),
+    "no experts": dict(n_off=0),
+    "equal rewards": dict(equal=True),
+    "one token": dict(lengths=(1, 1)),
+    "constant delta": dict(constant=True),
+    "far off": dict(spread=3.0),
+    "long": dict(lengths=(20, 60), n_groups=2),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("sharpness", [5.0, 14.0, None])
+@pytest.mark.parametrize("case", CASES)
+def test_every_equation_agrees_with_plain_loops(case, sharpness, algorithm):
+    b = random_groups(1, **CASES[case])
+    want = oracle(b, algorithm, sharpness, kl_coef=0.1)
+
+    def same(got, rows):
+        assert got.shape == b.mask.shape
+        assert got[b.mask].tolist() == pytest.approx(sum(rows, []), abs=1e-10, rel=1e-10)
+
+    assert b.advantages.tolist() == pytest.approx(want.A, abs=1e-10)
+    if sharpness is not None:
+        same(expert_weights(b.logp, b.behavior_logp, b.mask, sharpness), want.w)
+    same(unified_coefficient(b.logp, b.behavior_logp, b.mask, b.is_expert, b.expert_ok, sharpness), want.r)
+    shares = token_shares(b.mask.double(), algorithm)
+    same(shares, want.shares)
+    assert not shares[~b.mask].any() and float(shares.sum()) == pytest.approx(1)
+    loss, metrics = loss_of(b, algorithm, sharpness, kl_coef=0.1)
+    assert float(loss) == pytest.approx(want.loss, abs=1e-10, rel=1e-10)
+    assert set(want.metrics) <= set(metrics)
+    for name, (value, count) in metrics.items():
+        assert float(value) == pytest.approx(sum(want.metrics[name]), abs=1e-10, rel=1e-10), name
+        assert float(count) == pytest.approx(1 if name == "objective" else len(want.metrics[name])), name
+
+
+@pytest.mark.parametrize(
+    "rewards, deviations, std",  # std with n - 1; of equal rewards, whatever
+    [([1, 0], [0.5, -0.5], math.sqrt(0.5)), ([1, 0, 0, 0], [0.75, -0.25, -0.25, -0.25], 0.5), ([1, 1, 1], [0, 0, 0], 1)],
+)
+def test_advantages_by_hand(rewards, deviations, std):
+    got = group_advantages(torch.tensor([rewards, rewards[::-1]], dtype=torch.float64))
+    assert got[0].tolist() == got[1].flip(0).tolist() == pytest.approx([d / (std + 1e-6) for d in deviations], abs=1e-12)
+    assert any(deviations) or not got.any()  # equal rewards: zero, not nearly
+
+
+def test_a_group_of_one_is_refused():
+    with pytest.raises(ValueError, match="group of 1"):
+        group_advantages(torch.ones(4, 1))
+
+
+def test_an_unknown_algorithm_is_refused():
+    with pytest.raises(ValueError, match="'ppo'.*grpo.*dapo"):
+        token_shares(torch.ones(2, 3), "ppo")
+
+
+# -- the gradient ------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("filtered", [True, False])
+def test_gradient_is_minus_share_coefficient_advantage_and_zero_where_clipped(algorithm, filtered):
+    b = random_groups(2, n_groups=30, spread=1.5)
+    b.expert_ok = b.expert_ok if filtered else torch.ones_like(b.expert_ok)
+    grad, want = gradient(b, algorithm), oracle(b, algorithm, 5.0, 0.0)
+    seen = set()
+    for i, t in b.mask.nonzero().tolist():
+        A, r, expert, got = want.A[i], want.r[i][t], bool(b.is_expert[i]), float(grad[i, t])
+        if expert and not b.expert_ok[i]:
+            assert got == 0
+            continue
+        side = "above" if r > 1 + HIGH else "below" if r < 1 - LOW else "inside"
+        seen.add((expert, A > 0, side))
+        if (A > 0, side) in ((True, "above"), (False, "below")):
+            assert got == 0
+        else:
+            assert got == pytest.approx(-want.shares[i][t] * r * A, rel=1e-9) and got != 0
+    kinds = [(e, a, s) for e in (False, True) for a in (False, True) for s in ("above", "inside", "below")]
+    assert seen == {k for k in kinds if not (filtered and k[0] and not k[1])}  # a right expert is never below the mean
+    assert not grad[~b.mask].any()
+
+
+@BOTH
+def test_at_the_first_update_every_policy_token_learns_the_end_token_too(algorithm):
+    b = random_groups(3)
+    b.behavior_logp = torch.where(b.is_expert[:, None], b.behavior_logp, b.logp)  # ratio 1
+    grad = gradient(b, algorithm)
+    own = b.mask & ~b.is_expert[:, None]
+    want = -(token_shares(b.mask.double(), algorithm) * b.advantages[:, None])
+    torch.testing.assert_close(grad[own], want[own])
+    assert (grad[range(len(grad)), b.mask.sum(1) - 1][~b.is_expert] != 0).all()
+
+
+def attached(logp, behavior_logp, mask, sharpness):
+    """rho * w with the gradient left in w: what this implementation does not do."""
+    rows = []
+    for new, old, valid in zip(logp, behavior_logp, mask):
+        delta = (old - new)[valid]
+        w = torch.sigmoid(sharpness * (delta - delta.mean()) / (delta.std() + 1e-6))
+        rows.append((-delta).exp() * w)
+    return torch.cat(rows)
+
+
+def test_no_gradient_flows_through_the_weight():
+    b = random_groups(4, lengths=(3, 9))
+    everyone = torch.ones_like(b.is_expert)
+    logp = b.logp.clone().requires_grad_()
+    w = expert_weights(logp, b.behavior_logp, b.mask, 5.0)
+    assert not w.requires_grad
+    f = unified_coefficient(logp, b.behavior_logp, b.mask, everyone, everyone, 5.0)[b.mask]
+    constant = ((logp - b.behavior_logp).exp() * w)[b.mask]
+    through = attached(logp, b.behavior_logp, b.mask, 5.0)
+    grads = [torch.autograd.grad(x.sum(), logp)[0][b.mask] for x in (f, constant, through)]
+    torch.testing.assert_close(f, through)  # the same value ...
+    torch.testing.assert_close(grads[0], grads[1])
+    assert (grads[0] - grads[2]).abs().max() > 0.1  # ... and another gradient
+
+
+def test_a_right_expert_is_never_pushed_down():
+    """Why w is detached: with the gradient through w, many tokens of right answers would become less likely."""
+    b = random_groups(5, n_groups=8, lengths=(30, 60), spread=1.0)
+    kept = (b.is_expert & b.expert_ok)[:, None] & b.mask
+    assert (b.advantages[b.is_expert & b.expert_ok] > 0).all()
+    assert (gradient(b, "grpo")[kept] <= 0).all()  # descent on the loss raises each of them, or leaves it
+    logp = b.logp.clone().requires_grad_()
+    rows = b.is_expert & b.expert_ok
+    slope = torch.autograd.grad(attached(logp[rows], b.behavior_logp[rows], b.mask[rows], 5.0).sum(), logp)[0]
+    assert 0.1 < (slope[kept] < 0).double().mean() < 0.5
+
+
+@BOTH
+def test_kl_gradient_matches_finite_differences(algorithm):
+    b = random_groups(6, n_groups=2, lengths=(1, 4))
+    options = dict(kl_coef=0.7, advantages=torch.zeros_like(b.advantages))  # the KL alone
+    grad, h, tried = gradient(b, algorithm, **options), 1e-5, 0
+    for i, t in b.mask.nonzero().tolist():
+        step = torch.zeros_like(b.logp)
+        step[i, t] = h
+        up, down = (float(loss_of(b, algorithm, logp=b.logp + s, **options)[0]) for s in (step, -step))
+        assert float(grad[i, t]) == pytest.approx((up - down) / (2 * h), abs=1e-8)
+        assert not b.is_expert[i] or grad[i, t] == 0  # the policy's tokens only
+        tried += not b.is_expert[i]
+    assert tried > 10 and not grad[~b.mask].any()
+
+
+# -- without experts ---------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("sharpness", [None, 5.0, 14.0])
+def test_without_experts_it_is_grpo_and_dapo(algorithm, sharpness):
+    b = random_groups(7, n_off=0, spread=0.6)
+    grad = gradient(b, algorithm, sharpness=sharpness, kl_coef=0.05)
+
+    logp, old, ref = (torch.where(b.mask, x, 0) for x in (b.logp, b.behavior_logp, b.ref_logp))
+    A, ratio = b.advantages[:, None], (logp.requires_grad_() - old).exp()
+    token = torch.min(ratio * A, ratio.clip(1 - LOW, 1 + HIGH) * A) - 0.05 * ((ref - logp).exp() - (ref - logp) - 1)  # Eq. 2
+    grpo = ((token * b.mask).sum(1) / b.mask.sum(1)).mean()
+    dapo = token[b.mask].mean()  # Eq. 4
+
+    want = -{"grpo": grpo, "dapo": dapo}[algorithm]
+    torch.testing.assert_close(loss_of(b, algorithm, sharpness, kl_coef=0.05)[0], want.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad, torch.autograd.grad(want, logp)[0], rtol=1e-10, atol=1e-14)
+    assert torch.equal(grad, gradient(b, algorithm, sharpness=1.0, kl_coef=0.05))
+
+
+# -- promises: splits, inputs, types, extremes -------------------------------------------------------------------------
+
+
+def in_parts(b, algorithm, size, totals):
+    """Loss, gradient and metrics summed over micro-batches of `size` groups."""
+    loss, grads, sums = 0.0, torch.zeros_like(b.logp), defaultdict(lambda: [0.0, 0])
+    for start in range(0, len(b.rewards), size):
+        part = groups_of(b, start, start + size)
+        value, metrics = loss_of(part, algorithm, kl_coef=0.1, totals=totals)
+        loss += float(value)
+        grads[start * b.size :][: len(part.logp), : part.logp.shape[1]] = gradient(part, algorithm, kl_coef=0.1, totals=totals)
+        for name, (total, count) in metrics.items():
+            sums[name] = [sums[name][0] + float(total), sums[name][1] + float(count)]
+    return loss, grads, sums
+
+
+@BOTH
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_splitting_the_batch_changes_nothing(algorithm, size):
+    b = random_groups(8, n_groups=8, lengths=(1, 12), dtype=torch.float32)
+    totals = (len(b.logp), int(b.mask.sum()))
+    (whole, metrics), grad = loss_of(b, algorithm, kl_coef=0.1), gradient(b, algorithm, kl_coef=0.1)
+    loss, parts, sums = in_parts(b, algorithm, size, totals)
+    assert loss == pytest.approx(float(whole), rel=1e-6)
+    assert (parts - grad).norm() <= 1e-6 * grad.norm()
+    for name, (value, count) in metrics.items():
+        assert sums[name][0] == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+        assert sums[name][1] == pytest.approx(float(count), rel=1e-5), name
+
+
+@BOTH
+def test_a_mean_of_means_is_something_else(algorithm):
+    b = random_groups(8, n_groups=8, lengths=(1, 12), dtype=torch.float32)
+    grad = gradient(b, algorithm, kl_coef=0.1)
+    _, parts, _ = in_parts(b, algorithm, 3, totals=(None, None))  # each part by its own totals; 3 + 3 + 2 groups
+    assert (parts / 3 - grad).norm() > 0.02 * grad.norm()
+
+
+def test_inputs_are_left_alone():
+    b = random_groups(9)
+    before = {k: v.clone() for k, v in vars(b).items() if torch.is_tensor(v)}
+    loss_of(b, "grpo", kl_coef=0.1)  # not gradient(), which copies
+    group_advantages(b.rewards)
+    for name, value in before.items():
+        torch.testing.assert_close(getattr(b, name), value, rtol=0, atol=0, equal_nan=True)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.int64])
+def test_a_mask_of_numbers_works_like_one_of_truths(algorithm, kind):
+    b = random_groups(10)
+    (loss, metrics), (again, same) = (loss_of(b, algorithm, kl_coef=0.1, mask=m) for m in (b.mask, b.mask.to(kind)))
+    assert torch.equal(loss, again) and all(tuple(map(float, metrics[k])) == tuple(map(float, same[k])) for k in metrics)
+    assert torch.equal(gradient(b, algorithm), gradient(b, algorithm, mask=b.mask.to(kind)))
+    assert torch.equal(token_shares(b.mask, algorithm), token_shares(b.mask.float(), algorithm))
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rough_but_works(dtype, algorithm):
+    b = random_groups(11)
+    half = {k: v.to(dtype) for k, v in vars(b).items() if k.endswith("logp") or k in ("advantages", "rewards")}
+    loss, _ = loss_of(b, algorithm, kl_coef=0.1, **half)
+    grad = gradient(SimpleNamespace(**vars(b) | half), algorithm, kl_coef=0.1)
+    assert group_advantages(half["rewards"]).isfinite().all() and grad.isfinite().all()
+    assert float(loss) == pytest.approx(float(loss_of(b, algorithm, kl_coef=0.1)[0]), abs=0.03)
+
+
+@BOTH
+@pytest.mark.parametrize("far", [100.0, -100.0, 1e4, -1e4])
+def test_extreme_ratios_stay_finite(far, algorithm):
+    b = random_groups(12, dtype=torch.float32)
+    b.behavior_logp[:, 0] -= far
+    b.ref_logp[:, 0] += far
+    loss, metrics = loss_of(b, algorithm, kl_coef=0.1)
+    assert loss.isfinite() and gradient(b, algorithm, kl_coef=0.1).isfinite().all()
+    assert all(math.isfinite(value) for value, _ in metrics.values())
+
+
+def test_empty_rows_count_for_nothing():
+    b = random_groups(13, n_groups=1)
+    b.mask[1] = False
+    assert loss_of(b, "grpo", kl_coef=0.1)[0].isfinite() and loss_of(b, "dapo", mask=b.mask & False)[0] == 0
+    assert not gradient(b, "grpo", kl_coef=0.1)[1].any()
+
+
+def test_the_copyable_block_runs_alone():
+    text = Path(tgrl.__file__).read_text().splitlines()
+    first = next(i for i, line in enumerate(text) if line.startswith("def group_advantages"))
+    last = next(i for i, line in enumerate(text) if line.startswith("# --- the part to copy ends here"))
+    alone = {"torch": torch, "Tensor": torch.Tensor}
+    exec("\n".join(text[first:last]), alone)
+
+    # a wrong answer of the policy, one token; a right one of an expert, three, on which the policy lags by 0, 1 and 2 nats
+    behavior = torch.tensor([[-1.0, 0, 0], [-0.5, -0.5, -0.5]])
+    logp = behavior - torch.tensor([[0.0, 0, 0], [0, 1, 2]])
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    experts = torch.tensor([False, True])
+    advantages = alone["group_advantages"](torch.tensor([[0.0, 1.0]])).flatten()
+    loss, _ = alone["tgrl_loss"](logp, behavior, mask, advantages, experts, experts, alone["token_shares"](mask, "dapo"),
+                                 sharpness=5.0, clip_low=0.2, clip_high=0.28)  # fmt: skip
+    # A = -+0.70711;  w = sigmoid(-5, 0, 5);  sum of rho*w = 0.00669 + 0.36788 * 0.5 + 0.13534 * 0.99331 = 0.32506
+    assert float(loss) == pytest.approx(0.70711 * (1 - 0.32506) / 4, abs=1e-5)
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
+def test_a_small_kl_is_not_lost_in_rounding(spread):
+    """At a learning rate of 1e-6 pi_theta and pi_ref differ by little for long; exp(gap) - 1 - gap would be noise in float32."""
+    b = random_groups(14, n_groups=20, spread=spread)
+    single = {k: v.float() for k, v in vars(b).items() if k.endswith("logp")}
+    gap = (single["ref_logp"] - single["logp"])[b.mask & ~b.is_expert[:, None]].double()
+    value, count = loss_of(b, "grpo", kl_coef=0.1, **single)[1]["kl"]
+    assert float(value / count) == pytest.approx(float((gap.expm1() - gap).mean()), rel=1e-3)
+
+
+def test_no_float64_appears_where_a_device_may_lack_it():
+    b = random_groups(14, dtype=torch.float32)
+    loss, metrics = loss_of(b, "grpo", kl_coef=0.1)
+    assert all(torch.as_tensor(x).dtype != torch.float64 for pair in (*metrics.values(), (loss,)) for x in pair)
+
+
+# ===== The reward ======================================================================================================
+
+LIMIT = 3.0  # seconds: two for the alarm, one for a busy machine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm():
+    assert is_equivalent("1 + 1 + x", "2 + x")  # the first call starts the worker; no test should pay for that
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (r"so \boxed{5}", "5"),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{\sqrt{2}}} done}", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed {5}", "5"),
+        ("\\boxed\n{ 5 }", "5"),
+        (r"\boxed{}", ""),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\{1}", r"\{1"),
+        (r"\boxed{3} and \boxed{4", "3"),  # cut off: the last one that closes
+        (r"\boxed{4 \boxed{5}", "5"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"} } {\boxed{5}", "5"),
+        (r"\\boxed{5}", "5"),  # escaped once too often
+        (r"\boxed{\begin{matrix}1\\{2}\end{matrix}}", r"\begin{matrix}1\\{2}\end{matrix}"),
+        (r"\boxed 5", None),
+        ("boxed{5}", None),
+        ("5", None),
+        ("", None),
+    ],
+)
+def test_extract_boxed(text, expected):
+    assert extract_boxed(text) == expected
+
+
+def test_extract_boxed_takes_linear_time():
+    for text in ("\\boxed{" * 15_000, "\\boxed{" * 7_000 + "}" * 7_000, "{" * 100_000, "\\boxed" + " " * 100_000, "\\" * 100_000):
+        start = time.monotonic()
+        extract_boxed(text)
+        assert time.monotonic() - start < 1
+
+
+SAME = r"""
+60° ~ 60 | 60^\circ ~ 60 | 60^{\circ} ~ 60° | 60 degrees ~ 60^\circ | 60º ~ 60˚ | 60\degree ~ 60 | 60°, 30° ~ 30, 60
+12 cm ~ 12 | 12cm ~ 12 | 12 units ~ 12 | 12\text{ cm} ~ 12 centimeters | 12\,\mathrm{cm} ~ 12 cm | 12~\text{m} ~ 12 meters
+5 m^2 ~ 5 | 5 m^2 ~ 5 square meters | 5\,\mathrm{cm}^2 ~ 5 cm^{2} | 5 sq. ft ~ 5 ft² | 5 square units ~ 5 cm^2 | 6 in. ~ 6 inches
+5 hours ~ 5 | 5\text{ m/s} ~ 5 | 2\pi cm ~ 2\pi | 5 \sqrt { 3 } m ~ 5\sqrt{3} | \frac{3}{4} m ~ 0.75 | 8 feet ~ 8 ft
+x = 5 ~ 5 | 5 ~ x = 5 | m\angle A=30 ~ 30 | m∠A = 30° ~ 30 | ABC = 5 ~ 5 | m\widehat{AB} = 120 ~ 120 | Area of triangle = 5 ~ 5
+x = 5 cm ~ 5 | AB = 3 + 2 = 5 ~ 5 | x_1 = 5 ~ 5 | \approx 5.3 ~ 5.3 | ≈ 5.3 ~ 5.3 | x \approx 5.3 ~ 5.3
+A. 60 ~ A | A. 60 ~ 60 | A. 60° ~ 60 | (A) 60 ~ 60 | (A) ~ A | A ~ (A) | A) ~ A | A: 60 ~ A | \text{B} ~ B | \textbf{(B)} ~ B | b ~ B
+1,000 ~ 1000 | 1,234,567 ~ 1234567 | 1{,}000 ~ 1000 | 2/4 ~ 1/2 | \frac{2}{4} ~ \frac12 | 0.5 ~ \frac12 | .5 ~ 1/2 | 5.20 ~ 5.2
+50\% ~ 50 | 50 ~ 50% | 50% ~ 50\% | 50.5\% ~ 50.5 | 5. ~ 5 | -5 ~ −5 | −5 ~ -5.0 | 2\frac{1}{2} ~ 5/2 | \dfrac{36}{13} ~ 36/13
+2 \sqrt { 221 } ~ 2\sqrt{221} | √2 ~ \sqrt{2} | 2√221 ~ 2\sqrt{221} | \sqrt{2+x} ~ √(2+x) | \frac{1}{\sqrt{2}} ~ \frac{\sqrt{2}}{2}
+2π ~ 2\pi | 2pi ~ 2\pi | pi ~ \pi | pi/2 ~ \frac{\pi}{2} | 3×4 ~ 12 | 10^3 ~ 1000 | x² ~ x^2
+\boxed{16} ~ 16 | 16 ~ \boxed{16} | $16$ ~ 16 | \(16\) ~ 16 | \$16 ~ 16 | 16 dollars ~ $16 | \text{5 cm} ~ 5
+Yes. ~ yes | \text{No} ~ no | Isosceles Triangle ~ isosceles triangle | A, C ~ C, A | AC ~ ac
+(1, 2) ~ (1,2) | \left(1, 2\right) ~ (1,2) | (-\infty, 3) ~ (-∞,3) | [1,2) ~ [1, 2) | \{1,2\} ~ \{2,1\} | x = 2, x = 3 ~ 2, 3
+y=2x+1 ~ y = 1+2x | y - 2x = 1 ~ y = 2x + 1 | 2x+1 ~ y = 1+2x | x > 5 ~ 5 < x | 2ab ~ 2ba | (x+1)^2 ~ x^2+2x+1
+"""
+DIFFERENT = r"""
+12 cm ~ 12 m | 5 m^2 ~ 5 m | 60° ~ 60 cm | 5 hours ~ 5 minutes | 5 cm^2 ~ 5 cm^3 | 60° ~ 30° | 12 cm ~ 13 cm
+B ~ C | A ~ 60 | 60 ~ A | A. 60 ~ B | A. 60 ~ 61 | A, C ~ A | A. B ~ A | A) B) ~ A | A, B, C, D ~ A | A, C ~ A, B | A triangle ~ A
+AB ~ BA | yes ~ no | 12.566 ~ 4\pi | 33.3 ~ 33.33 | 29.7 ~ 2\sqrt{221} | 5 ~ 6 | 5 ~ -5 | 0.333 ~ 1/3 | 1,000 ~ 1 | 10 ~ 100
+(1,2) ~ (2,1) | [1,2) ~ (1,2) | 3:4 ~ 4:3 | x = 5 ~ y = 5 | y = 2x + 1 ~ y = 2x - 1 | x != 5 ~ 5 | 2x + 1 = 5 ~ 2 | x > 5 ~ x < 5
+3t ~ 3 | 2xy ~ 2
+2 \sin x ~ 2 | 5 or 6 ~ 5 | 5 or x ~ 5 | 3 sin x ~ 3 | 5, 6 ~ 5 | 1 2 3 5 ~ 5 | the answer is 5 ~ 5 | $1$, $2$ ~ 1 | 1$2 ~ 1 | $5$ or $6$ ~ 6
+\sqrt{221} ~ 221 | 2\pi ~ \pi | 1e999999999 ~ 1 | \frac{1}{0} ~ 1 | . ~ 5 | $ ~ 5 | ~ ~ 5
+"""
+
+
+def pairs(table):
+    return [tuple(pair.strip().rsplit(" ~ ", 1)) for line in table.strip().splitlines() for pair in line.split(" | ")]
+
+
+@pytest.mark.parametrize("prediction, answer", pairs(SAME))
+def test_same(prediction, answer):
+    assert is_equivalent(prediction, answer) is True
+
+
+@pytest.mark.parametrize("prediction, answer", pairs(DIFFERENT))
+def test_different(prediction, answer):
+    assert is_equivalent(prediction, answer) is False
+
+
+@pytest.mark.parametrize("nothing", ["", " ", "\n", "$$", r"\boxed{}", ".", " " * 500])
+def test_nothing_equals_nothing(nothing):
+    assert not is_equivalent(nothing, nothing)
+    assert not is_equivalent(nothing, "")
+    assert not is_equivalent("", nothing)
+    assert reward(rf"\boxed{{{nothing}}}", nothing) == 0.0
+
+
+def test_reward_reads_the_last_box():
+    assert reward(r"< think > \boxed{4} </think> so \boxed {60^\circ}", "60") == 1.0
+    assert reward(r"\boxed{60} no: \boxed{61}", "60") == 0.0
+    assert reward(r"\boxed{60} \boxed{}", "60") == 0.0
+    assert reward("60", "60") == 0.0
+    assert type(reward(r"\boxed{60}", "60")) is float
+
+
+@pytest.mark.parametrize("hostile", ["9^{9^{9^9}}", "{" * 390])
+def test_a_timeout_is_a_counted_zero(hostile):
+    before, start = math_verify.errors["timeout"], time.monotonic()
+    assert not is_equivalent(hostile, "57")
+    assert 1.5 < time.monotonic() - start < LIMIT
+    assert math_verify.errors["timeout"] == before + 1
+    start = time.monotonic()
+    assert not is_equivalent(hostile, "57")  # remembered
+    assert is_equivalent("2 + 3 + z", "z + 5")  # and the next one gets its verdict, from a child that is there at once
+    assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "x" * 100_000,
+        "\\boxed{" * 15_000,
+        "\\frac{" * 66,
+        "\\sqrt{" * 60 + "2" + "}" * 60,
+        "\ud800 5",
+        "a\0b5",
+        "5\n6",
+        "é" * 400,
+        "𝟓",
+        "√" * 400,
+    ]
+    + [
+        "1" * 400,
+        "^ " * 200,
+        "5 " + "a ./" * 99,
+        "\\text{" * 70,
+        "5" + "." * 390,
+        "A. " * 130,
+        "=" * 400,
+        "A" * 399 + "=",
+        "5" + " " * 390 + "x",
+    ],
+)
+def test_no_string_breaks_it(hostile):
+    for prediction, answer in ((hostile, "57"), ("57", hostile)):
+        start = time.monotonic()
+        assert not is_equivalent(prediction, answer)
+        assert time.monotonic() - start < LIMIT
+    assert is_equivalent("x + 1 + 1", "x + 2")
+
+
+def test_a_very_long_answer_is_not_compared_as_mathematics():
+    long, start = "1+" * 50_000 + "1", time.monotonic()
+    assert not is_equivalent(long, "50001") and not is_equivalent("50001", long)
+    assert is_equivalent(long, f" {long}")
+    assert time.monotonic() - start < 0.5
+
+
+def test_errors_of_math_verify_are_counted():
+    grader = _MathVerify()
+    grader.WORKER = grader.WORKER.replace("verdict = bool(", "verdict = 1 // 0, bool(")
+    assert grader("x + 1", "1 + x") is False
+    assert dict(grader.errors) == {"ZeroDivisionError": 1}
+
+
+def test_a_dead_worker_is_counted_and_replaced():
+    grader = _MathVerify()
+    assert grader("x + 1", "1 + x")
+    os.killpg(grader.worker.pid, signal.SIGKILL)  # the worker and its child
+    grader.worker.wait()
+    assert grader("x + 2", "2 + x") is False
+    assert dict(grader.errors) == {"crash": 1}
+    assert grader("x + 3", "3 + x") is True
+
+
+def test_an_interrupted_call_leaves_no_stale_reply():
+    grader = _MathVerify()
+    assert grader("x + 1", "1 + x")
+
+    class Interrupted:  # a worker whose reply is missed once
+        def __init__(self, process):
+            self.process, self.stdin, self.stdout, self.missed = process, process.stdin, self, False
+
+        def readline(self):
+            if self.missed:
+                return self.process.stdout.readline()
+            self.missed = True
+            raise KeyboardInterrupt
+
+    grader.worker = Interrupted(grader.worker)
+    with pytest.raises(KeyboardInterrupt):
+        grader("x + 2", "x + 2 + 0")  # its reply, True, is never read ...
+    assert grader("x + 2", "x + 3") is False  # ... and is not taken for this one's
+
+
+def test_a_worker_that_does_not_start_is_one_clear_error():
+    grader = _MathVerify()
+    grader.WORKER = "raise SystemExit(1)"
+    with pytest.raises(RuntimeError, match="math-verify does not start"):
+        grader("x", "y")
+    with pytest.raises(RuntimeError, match="math-verify does not start"):  # the lock is free again
+        grader("x", "y")
+
+
+def test_threads_share_one_worker_and_get_their_own_verdicts():
+    grader, wrong, starts = _MathVerify(), [], []
+    start, grader.start = grader.start, lambda: starts.append(1) or start()
+
+    def grade(k):
+        for n in range(40):
+            same = (n + k) % 2 == 0
+            if grader(f"{n} + {k} y", f"{k} y + {n if same else n + 1}") is not same:
+                wrong.append((k, n))
+
+    threads = [threading.Thread(target=grade, args=(k,)) for k in (3, 4)]
+    [t.start() for t in threads]
+    [t.join(60) for t in threads]
+    assert not any(t.is_alive() for t in threads)
+    assert not wrong and not grader.errors
+    assert len(starts) == 1
+
+
+def test_a_forked_process_starts_its_own_worker():
+    mine = math_verify.worker.pid
+    with math_verify.lock:  # held by another thread at the moment of the fork, say
+        child = os.fork()
+    if child == 0:
+        try:
+            right = is_equivalent("q + 1 + 1", "q + 2") and not is_equivalent("q + 1", "q + 2")
+            os._exit(0 if right and math_verify.worker.pid != mine else 1)
+        finally:
+            os._exit(2)
+    for _ in range(200):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, 9)
+    assert pid and os.waitstatus_to_exitcode(status) == 0
+    assert is_equivalent("r + 1 + 1", "r + 2") and math_verify.worker.pid == mine  # ours is as it was
+
+
+def test_the_worker_ends_with_its_process():
+    code = (
+        "import os, tgrl; assert tgrl.is_equivalent('x+1', '1+x'); print(tgrl.math_verify.worker.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(sys.modules["tgrl"].__file__))
+    worker = int(done.stdout)
+    for _ in range(100):
+        if not os.path.exists(f"/proc/{worker}") or " Z " in open(f"/proc/{worker}/stat").read():
+            return
+        time.sleep(0.05)
+    pytest.fail("the worker outlived its process")
+
+
+soup = st.lists(
+    st.sampled_from(
+        r"\frac \sqrt { } ( ) [ ] ^ _ 1 2 9 0.5 99999 x y \pi \infty \circ ° % \% , . : = < > + - * / ! | & \\ $ \text \left \right cm "
+        r"^2 A B. (C) √ π − \angle \sin \log \int \sum \begin{matrix} \end{matrix} \boxed \boxed{ or and e i 1e999 9^{9^9} \cdot".split()
+        + [" ", "\n", "\0", "\ud800", "𝟓"]
+    ),
+    max_size=30,
+).map("".join)
+texts = st.one_of(
+    soup,
+    st.text(st.characters(), max_size=60),  # surrogates included
+    st.text("\ud800\udfff\0\n5", max_size=5),
+    st.text("0123456789.,/^{}()-+= x", max_size=40),
+    st.integers(1, 400).map(lambda n: "{" * n),
+    st.integers(1, 70).map(lambda n: r"\sqrt{" * n + "2" + "}" * n),
+    st.integers(1, 10**12).map(lambda n: f"{n}^{{{n}}}"),
+    st.integers(1, 10**12).map(lambda n: f"1e{n}"),
+    st.tuples(soup, st.just(100_000)).map(lambda p: (p[0] * p[1])[: p[1]]),
+    st.sampled_from(["", " ", "5", "A", "60", r"2\sqrt{221}", r"\frac{1}{2}", "(1,2)", "yes", "x = 5"]),
+)
+
+
+def test_fuzz():
+    seconds = float(os.environ.get("TGRL_FUZZ_SECONDS", 8))
+    begin, calls, slowest, ones = time.monotonic(), 0, 0.0, 0
+
+    @settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(texts, texts, st.booleans())
+    def check(prediction, answer, boxed):
+        nonlocal calls, slowest, ones
+        if (start := time.monotonic()) - begin > seconds:
+            return
+        value = reward(rf"so \boxed{{{prediction}}}" if boxed else prediction, answer)
+        took = time.monotonic() - start
+        calls, slowest, ones = calls + 1, max(slowest, took), ones + (value == 1.0)
+        assert value in (0.0, 1.0) and math.copysign(1, value) == 1
+        assert took < LIMIT
+        if prediction.strip() == answer.strip() == "":
+            assert value == 0.0
+
+    while time.monotonic() - begin < seconds:
+        check()
+    print(f"\nfuzz: {calls} calls in {seconds:.0f} s, slowest {slowest:.2f} s, {ones} rewarded, errors {dict(math_verify.errors)}")
+    assert calls > 10
+
+
+# ===== Real parts: a tiny Qwen2.5-VL, its processor, generate ==========================================================
+
+
+def picture(rng, width, height):
+    """Noise, so that every pixel matters."""
+    return Image.frombytes("RGB", (width, height), rng.randbytes(3 * width * height))
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Model, encoder and policy, as load_model and Trainer build them, with weights large enough to matter."""
+    set_seed(0)
+    cfg = Config(**tgrl.TOY | dict(min_pixels=28 * 28, max_pixels=112 * 112, max_answer=24))
+    processor = tgrl.toy_processor(cfg.instruction)
+    model = tgrl.tiny_model(processor.tokenizer, hidden=64, layers=2, vision_layers=2).eval()
+    encoder = tgrl.Encoder(processor, model, cfg)
+    unwritable = tgrl.unwritable_tokens(model, encoder.tokenizer)
+    ends = tgrl.end_tokens(model, encoder.tokenizer)
+    return SimpleNamespace(cfg=cfg, processor=processor, model=model, encoder=encoder, unwritable=unwritable, ends=ends,
+                           policy=tgrl.Policy(model, unwritable).eval())  # fmt: skip
+
+
+def make_problem(seed=0, sizes=((56, 56),), question="How many?"):
+    rng = random.Random(seed)
+    row = {"problem": "<image>" * len(sizes) + question, "images": [picture(rng, *size) for size in sizes], "answer": "7"}
+    return tgrl.read_problem(row, Path())
+
+
+def make_groups(world, n_groups=3, n_answers=4, seed=0, experts=True):
+    """Groups with pictures of different size, several pictures and none, and answers of different length, one of a single token."""
+    rng, groups = random.Random(seed), []
+    shapes = [((56, 56),), ((84, 56), (28, 112)), (), ((112, 84),)]
+    for g in range(n_groups):
+        problem = make_problem(seed + g, shapes[g % 4], "Which? " * (1 + g))
+        answers = []
+        for i in range(n_answers):
+            ids = [rng.randrange(10, 300) for _ in range(rng.choice([0, 3, 8, 13]) if i else 0)] + [world.ends[-1]]
+            right = float(rng.random() < 0.5)
+            expert = experts and i == n_answers - 1
+            answers.append(tgrl.Trajectory(ids, "", right, "expert" if expert else "policy", behavior_logp=-3 * torch.rand(len(ids))))
+        groups.append(tgrl.Group(problem, world.encoder(problem), answers))
+    return groups
+
+
+def separate_logp(world, group, answer):
+    """Log-probs [T] of one answer in a row of its own, by the model's own forward, with no code of ours but the prompt's ids."""
+    prompt, ids = group.prompt, torch.tensor(answer.ids)
+    row = torch.cat([prompt.ids, ids])[None]
+    vision = {} if prompt.pixels is None else dict(pixel_values=prompt.pixels, image_grid_thw=prompt.grid)
+    types = (row == world.model.config.image_token_id).int()
+    world.model.model.rope_deltas = None
+    logits = world.model(input_ids=row, attention_mask=torch.ones_like(row), mm_token_type_ids=types, **vision).logits[0]
+    logits = logits[len(prompt.ids) - 1 : -1].index_fill(-1, world.unwritable, -torch.inf)
+    return logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+
+def test_a_group_in_one_row_equals_separate_rows(world):
+    groups = make_groups(world, 4)
+    batch = tgrl.pack(groups)
+    weight = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(0)) * batch.mask
+    world.model.zero_grad()
+    logp = world.policy(batch)
+    (logp * weight).sum().backward()
+    packed = {name: p.grad.clone() for name, p in world.model.named_parameters() if p.grad is not None}
+    world.model.zero_grad()
+    answers = [(g, t) for g in groups for t in g.trajectories]
+    for (group, answer), row, w in zip(answers, logp, weight):
+        alone = separate_logp(world, group, answer)
+        assert torch.allclose(row[: len(alone)], alone, atol=1e-4)
+        assert (row[len(alone) :] == 0).all()
+        (alone * w[: len(alone)]).sum().backward()
+    for name, p in world.model.named_parameters():
+        assert (packed[name] - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-7, name
+    world.model.zero_grad()
+
+
+def test_positions_of_pictures_matter(world, monkeypatch):
+    """Guards the guard above: had the encoder dropped mm_token_type_ids, the comparison would have failed."""
+    group = make_groups(world, 1)[0]
+    real = world.model.model.get_rope_index
+    drop = lambda ids, mm_token_type_ids, image_grid_thw=None: real(ids, mm_token_type_ids=0 * mm_token_type_ids)  # noqa: E731
+    monkeypatch.setattr(world.encoder, "rope_index", drop)
+    group.prompt = world.encoder(group.problem)
+    with torch.no_grad():
+        logp, answer = world.policy(tgrl.pack([group])), group.trajectories[1]
+        assert not torch.allclose(logp[1][: len(answer.ids)], separate_logp(world, group, answer), atol=1e-4)
+
+
+def test_answers_do_not_see_each_other(world):
+    group = make_groups(world, 1)[0]
+    with torch.no_grad():
+        before = world.policy(tgrl.pack([group]))
+        group.trajectories[1].ids[:-1] = [11] * (len(group.trajectories[1].ids) - 1)
+        after = world.policy(tgrl.pack([group]))
+    assert torch.equal(before[2:], after[2:]) and torch.equal(before[0], after[0])
+
+
+def test_gradient_checkpointing_changes_nothing(world):
+    batch, grads = tgrl.pack(make_groups(world, 2)), []
+    for enable in (False, True):
+        if enable:
+            world.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        world.policy.train().zero_grad()
+        world.policy(batch).sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in world.model.parameters()]))
+    world.model.gradient_checkpointing_disable()
+    world.policy.eval().zero_grad()
+    assert torch.allclose(*grads, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo"])
+def test_gradient_does_not_depend_on_the_split(world, algorithm):
+    """The whole way from groups to gradients, in micro-batches of 1, 2, 4 and 8 groups."""
+    groups = make_groups(world, 8, seed=3)
+    for group in groups:
+        for t, a in zip(group.trajectories, tgrl.group_advantages(torch.tensor([[t.reward for t in group.trajectories]]))[0].tolist()):
+            t.advantage, t.ref_logp = a, -2 * torch.rand(len(t.ids))
+    answers = [t for g in groups for t in g.trajectories]
+    totals, grads = (len(answers), sum(len(t.ids) for t in answers)), []
+    for size in (1, 2, 4, 8):
+        world.policy.zero_grad()
+        for i in range(0, 8, size):
+            b = tgrl.pack(groups[i : i + size])
+            loss, _ = tgrl.tgrl_loss(world.policy(b), b.behavior_logp, b.mask, b.advantages, b.is_expert, b.expert_ok,
+                                     tgrl.token_shares(b.mask, algorithm, *totals), sharpness=5.0, clip_low=0.2, clip_high=0.28,
+                                     kl_coef=0.01, ref_logp=b.ref_logp)  # fmt: skip
+            loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in world.model.parameters()]))
+    world.policy.zero_grad()
+    assert grads[0].norm() > 1e-3
+    for grad in grads[1:]:
+        assert (grad - grads[0]).norm() <= 1e-6 * grads[0].norm()
+
+
+def test_rollout_log_probs_are_training_log_probs(world):
+    """What generate sampled from, recorded by a processor behind ours, against Policy on the same answers."""
+    group = make_groups(world, 1)[0]
+    seen, real = [], world.model.generate
+
+    def generate(*args, logits_processor, **kwargs):
+        record = lambda _, scores: seen.append(scores.log_softmax(-1)) or scores  # noqa: E731
+        return real(*args, logits_processor=[*logits_processor, record], **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world.model, "generate", generate)
+        ids = tgrl.sample(world.model, [group.prompt], 6, max_tokens=20, ends=world.ends, unwritable=world.unwritable, chunk=64)[0]
+    group.trajectories = [tgrl.Trajectory(a, "", 0.0) for a in ids]
+    for row, (answer, logp) in enumerate(zip(ids, tgrl.score(world.policy, [group], 1)[0])):
+        sampled = torch.stack([seen[t][row, token] for t, token in enumerate(answer)])
+        assert torch.allclose(sampled, logp, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_greedy_rollout_equals_plain_generate(world, chunk):
+    """Prefilled once, left-padded beside others, in chunks that finished answers leave: the same tokens as one question at a time."""
+    groups = make_groups(world, 4)
+    rolled = tgrl.sample(world.model, [g.prompt for g in groups], 2, max_tokens=12, ends=world.ends, unwritable=world.unwritable, greedy=True, chunk=chunk)
+    for group, (first, second) in zip(groups, rolled):
+        p = group.prompt
+        vision = {} if p.pixels is None else dict(pixel_values=p.pixels, image_grid_thw=p.grid)
+        out = world.model.generate(input_ids=p.ids[None], attention_mask=torch.ones_like(p.ids)[None], max_new_tokens=12, do_sample=False,
+                                   mm_token_type_ids=(p.ids == world.model.config.image_token_id).int()[None],
+                                   suppress_tokens=world.unwritable.tolist(), eos_token_id=world.ends, pad_token_id=0, **vision)  # fmt: skip
+        plain = out[0, len(p.ids) :].tolist()
+        stop = next((i + 1 for i, token in enumerate(plain) if token in world.ends), 12)
+        assert first == second == plain[:stop]
+
+
+def test_sampling_ignores_the_generation_config_of_the_checkpoint(world, monkeypatch):
+    """With top_k 1 from the checkpoint, answers would all be the greedy one."""
+    hostile = GenerationConfig(do_sample=True, top_k=1, temperature=0.01, repetition_penalty=5.0, min_new_tokens=9, suppress_tokens=list(range(20, 330)))
+    monkeypatch.setattr(world.model, "generation_config", hostile)
+    prompt = make_groups(world, 1)[0].prompt
+    answers = tgrl.sample(world.model, [prompt], 8, max_tokens=8, ends=world.ends, unwritable=world.unwritable)[0]
+    assert len({tuple(a) for a in answers}) > 4 and any(20 <= token for a in answers for token in a)
+    assert world.model.generation_config is hostile
+
+
+def test_vision_tokens_are_never_sampled(world):
+    """Even when the model wants nothing else."""
+    image_token, head = world.model.config.image_token_id, world.model.lm_head
+    prompt = make_groups(world, 1)[0].prompt
+    want = head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([image_token]), 1e4))
+    try:
+        answers = tgrl.sample(world.model, [prompt], 4, max_tokens=6, ends=world.ends, unwritable=world.unwritable)[0]
+        assert image_token not in {token for a in answers for token in a}
+        group = tgrl.Group(None, prompt, [tgrl.Trajectory(a, "", 0.0) for a in answers])
+        assert all(logp.isfinite().all() for logp in tgrl.score(world.policy, [group], 1)[0])
+    finally:
+        want.remove()
+
+
+def test_answers_end_at_the_first_end_token_and_it_counts(world):
+    prompt = make_groups(world, 1)[0].prompt
+    for end in world.ends:  # <|endoftext|> is padding and an end token as well
+        want = world.model.lm_head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([end]), 1e4))
+        answers = tgrl.sample(world.model, [prompt], 3, max_tokens=6, ends=world.ends, unwritable=world.unwritable)[0]
+        want.remove()
+        assert answers == [[end]] * 3
+    batch = tgrl.pack([tgrl.Group(None, prompt, [tgrl.Trajectory(a, "", 0.0) for a in answers])])
+    assert batch.mask.sum() == 3
+
+
+# ===== Questions =======================================================================================================
+
+
+def encoded(image, kind="PNG"):
+    image.save(buffer := io.BytesIO(), kind)
+    return buffer.getvalue()
+
+
+def geo3k_rows(n=6):
+    rng = random.Random(0)
+    return [{"images": [picture(rng, 60 + i, 56)], "problem": f"<image>Find x. Take {i}.", "answer": str(i)} for i in range(n)]
+
+
+def to_parquet(rows, path):
+    features = datasets.Features(images=[datasets.Image()], problem=datasets.Value("string"), answer=datasets.Value("string"))
+    datasets.Dataset.from_list(rows, features).to_parquet(path)
+
+
+def test_every_source_gives_the_same_problems(tmp_path):
+    """geometry3k as parquet (pictures as bytes), ViRL39K as JSONL with paths, and a folder of images with metadata.jsonl."""
+    rows = geo3k_rows()
+    to_parquet(rows, tmp_path / "train.parquet")
+    from_parquet = tgrl.load_problems(str(tmp_path / "train.parquet"))
+    (tmp_path / "images").mkdir()
+    with open(tmp_path / "virl.jsonl", "w") as virl, open(tmp_path / "images" / "metadata.jsonl", "w") as metadata:
+        for i, row in enumerate(rows):
+            (tmp_path / "images" / f"{i}.png").write_bytes(from_parquet[i].images[0])
+            virl.write(json.dumps({"question": row["problem"], "answer": f"\\boxed{{{row['answer']}}}", "image": [f"images/{i}.png"], "qid": i}) + "\n")
+            metadata.write(json.dumps({"file_name": f"{i}.png", "problem": row["problem"], "answer": row["answer"]}) + "\n")
+    assert [p.answer for p in from_parquet] == [str(i) for i in range(6)]
+    assert tgrl.load_problems(str(tmp_path / "virl.jsonl")) == from_parquet
+    assert sorted(p.id for p in tgrl.load_problems(str(tmp_path / "images"))) == sorted(p.id for p in from_parquet)
+    assert tgrl.load_problems(str(tmp_path / "virl.jsonl"), limit=2) == from_parquet[:2]
+
+
+def test_several_pictures_and_none(world):
+    text_only = tgrl.read_problem({"question": "2 + 2?", "answer": "\\boxed{4}", "image": []}, Path())
+    assert text_only.answer == "4" and world.encoder(text_only).pixels is None
+    two = make_problem(sizes=((56, 56), (112, 56)))
+    prompt = world.encoder(two)
+    image_tokens = (prompt.ids == world.model.config.image_token_id).sum()
+    assert len(prompt.grid) == 2 and image_tokens == 4 + 8 == prompt.grid.prod(1).sum() // 4
+    assert len(prompt.ids) == world.encoder.length(two) and len(text_only.images) == 0
+    lost = tgrl.read_problem({"problem": "How many?", "images": [Image.new("RGB", (56, 56))], "answer": "1"}, Path())
+    assert lost.question.startswith("<image>")
+
+
+def test_prompt_is_question_then_instruction(world):
+    text = world.encoder.text(make_problem(question="How many?"))
+    assert text.index("<|image_pad|>") < text.index("How many?") < text.index(world.cfg.instruction) < text.index("assistant")
+    other = tgrl.Encoder(world.processor, world.model, dataclasses.replace(world.cfg, instruction="Just say."))
+    assert other.text(make_problem()).count("Just say.") == 1
+
+
+def test_transparent_drawings_get_a_white_ground():
+    image = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    assert tgrl.open_picture(encoded(image)).getpixel((5, 5)) == (255, 255, 255)
+
+
+def test_bad_rows_are_named_and_good_ones_kept(tmp_path, capsys):
+    good, png = {"problem": "<image>Why?", "answer": "1"}, encoded(Image.new("RGB", (56, 56)))
+    bad = [
+        good | {"images": [Image.new("RGB", (1, 1))]},
+        good | {"images": [Image.new("RGB", (10000, 30))]},
+        good | {"images": [png[: len(png) // 2]]},
+        good | {"images": ["nowhere.png"]},
+        good | {"images": [png], "problem": "<image><image>Why?"},
+        good | {"images": [png], "answer": " "},
+        good | {"images": [png], "problem": ""},
+        good | {"images": [png], "answer": None},
+    ]
+    rows = [good | {"images": [png]}, *bad, good | {"images": [png]}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tgrl, "read_rows", lambda source, split: iter(rows))
+        problems = tgrl.load_problems("rows")
+    said = capsys.readouterr().out
+    assert len(problems) == 2 and "8 of 10 rows left out" in said
+    for words in ("picture of 1 x 1 pixels: row 1", "picture of 10000 x 30 pixels: row 2", "unreadable picture, ", "nowhere.png: row 4",
+                  "2 times <image> for 1 pictures: row 5", "no answer: row 6, 8", "no question: row 7"):  # fmt: skip
+        assert words in said, words
+
+
+def test_unusable_sources_say_why(tmp_path, world, capsys):
+    def error(source, **kwargs):
+        with pytest.raises(BadInput) as caught:
+            tgrl.load_problems(str(source), **kwargs)
+        return str(caught.value)
+
+    assert "does not exist" in error(tmp_path / "no.jsonl") and "does not exist" in error(tmp_path / "no.parquet")
+    (tmp_path / "a.jsonl").write_text('{"image": [], "text": "?", "answer": "1"}\n')
+    assert "no column problem or question" in error(tmp_path / "a.jsonl") and "image, text, answer" in error(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_text('{"problem": "?", "answer": "1"}\n{"problem": ')
+    assert "line 2 is no JSON" in error(tmp_path / "b.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "it is empty" in error(tmp_path / "empty.jsonl")
+    assert "cannot load" in error(tmp_path)
+    to_parquet(geo3k_rows(3), tmp_path / "c.parquet")
+    strict = tgrl.Encoder(world.processor, world.model, dataclasses.replace(world.cfg, max_prompt=10))
+    with pytest.raises(BadInput, match="every question is longer than --max_prompt 10 tokens"):
+        strict.load(str(tmp_path / "c.parquet"), "train")
+    (tmp_path / "d.jsonl").write_text('{"problem": "Short?", "answer": "1"}\n' + json.dumps({"problem": "Long? " * 99, "answer": "1"}))
+    some = tgrl.Encoder(world.processor, world.model, dataclasses.replace(world.cfg, max_prompt=60))
+    assert len(some.load(str(tmp_path / "d.jsonl"), "train")) == 1
+    assert "1 of 2 usable questions left out" in capsys.readouterr().out
+
+
+# ===== Experts and training: the commands, as a user starts them =======================================================
+
+
+@pytest.fixture(scope="module")
+def folder(world, tmp_path_factory):
+    """A model and six questions on disk, and the options for a run of seconds."""
+    folder = tmp_path_factory.mktemp("run")
+    world.model.save_pretrained(folder / "model")
+    world.processor.save_pretrained(folder / "model")
+    to_parquet(geo3k_rows(), folder / "train.parquet")
+    options = tgrl.TOY | dict(model=f"{folder}/model", data=f"{folder}/train.parquet", experts=f"{folder}/experts.jsonl", out=f"{folder}/out",
+                              min_pixels=784, max_pixels=12544, max_answer=8, samples=3, generate_batch=12, steps=2, questions_per_rollout=4,
+                              questions_per_update=2, micro_batch=1, n_on=3, n_off=1, tracker="none", show_every=1)  # fmt: skip
+    tgrl.make_experts(Config(**options))
+    return SimpleNamespace(path=folder, options=options, config=lambda **more: Config(**options | more))
+
+
+def cached_answers(path):
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()[1:]]
+    return {q: sum(len(r["answers"]) for r in lines if r["question"] == q) for q in {r["question"] for r in lines}}
+
+
+def test_expert_log_probs_are_the_experts_own(folder, world):
+    path = folder.path / "experts.jsonl"
+    assert set(cached_answers(path).values()) == {3} and len(cached_answers(path)) == 6
+    problems = {p.id: p for p in tgrl.load_problems(folder.options["data"])}
+    for line in path.read_text().splitlines()[1:3]:
+        record = json.loads(line)
+        problem = problems[record["question"]]
+        group = tgrl.Group(problem, world.encoder(problem), [])
+        for a in record["answers"]:
+            assert torch.allclose(torch.tensor(a["logps"]), separate_logp(world, group, SimpleNamespace(ids=a["ids"])), atol=1e-4)
+            assert a["reward"] == tgrl.reward(a["text"], problem.answer)
+
+
+def test_experts_continue_after_a_kill(folder, tmp_path):
+    """SIGKILL in the middle of a run and a torn last line: afterwards every question has its answers, none twice, none torn."""
+    path = tmp_path / "experts.jsonl"
+    options = folder.options | dict(experts=str(path), generate_batch=3, max_answer=40)
+    flags = [x for name, value in options.items() for x in ([f"--{name}", str(value)] if not isinstance(value, bool) else [f"--{'' if value else 'no-'}{name}"])]
+    process = subprocess.Popen([sys.executable, tgrl.__file__, "experts", *flags], stderr=subprocess.DEVNULL)
+    while process.poll() is None and (not path.exists() or len(path.read_bytes().splitlines()) < 3):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    before = path.read_bytes()
+    assert 3 <= len(before.splitlines()) < 7, "the kill came too late to show anything"
+    path.write_bytes(before[:-25])  # a line torn in the middle
+    tgrl.make_experts(Config(**options))
+    after = path.read_text()
+    assert after.startswith(before[:-25].decode().rsplit("\n", 1)[0])
+    assert set(cached_answers(path).values()) == {3} and len(cached_answers(path)) == 6
+    tgrl.make_experts(Config(**options))
+    assert path.read_text() == after
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(instruction="Answer in French."), "answers another prompt"),
+    (dict(max_pixels=28 * 28 * 4), "answers another prompt"),
+])  # fmt: skip
+def test_a_cache_for_another_prompt_is_refused(folder, change, words):
+    with pytest.raises(BadInput, match=words):
+        tgrl.Trainer(folder.config(**change, out=f"{folder.path}/refused"))
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("tokenizer", "0123", "another tokenizer"),
+    ("sampling", {"temperature": 0.6}, "not sampled at temperature 1"),
+    ("model", "somebody/else", "another model's answers"),
+    ("tgrl_experts", None, "is no expert cache"),
+])  # fmt: skip
+def test_a_foreign_cache_is_refused(folder, tmp_path, key, value, words):
+    header, *lines = (folder.path / "experts.jsonl").read_text().splitlines()
+    header = json.loads(header) | {key: value}
+    if value is None:
+        del header[key]
+    path = tmp_path / "experts.jsonl"
+    path.write_text("\n".join([json.dumps(header), *lines, ""]))
+    before = path.read_text()
+    with pytest.raises(BadInput, match=words):
+        tgrl.make_experts(folder.config(experts=str(path)))
+    assert path.read_text() == before
+
+
+def test_flawed_answers_are_left_out_one_by_one(tmp_path, capsys):
+    good = dict(ids=[1, 2], logps=[-0.5, -0.1], reward=1.0, finished=True, text="")
+    flawed = [good | {"logps": [float("nan"), -1.0]}, good | {"logps": [0.5, -1.0]}, good | {"ids": [1, 999]}, good | {"logps": [-1.0]}]
+    path = tmp_path / "experts.jsonl"
+    lines = [{"tgrl_experts": 1, "model": "m"}, {"question": "a", "answers": [good]}, *({"question": "a", "answers": [f]} for f in flawed)]
+    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"no": "answers"}\n{"question": "b", "ans')
+    experts = tgrl.read_cache(path, {}, 100)
+    assert {q: len(a) for q, a in experts.items()} == {"a": 1} and experts["a"][0].is_expert
+    said = capsys.readouterr().out
+    for words in ("not finite: line 3", "above 0: line 4", "outside the vocabulary of 100: line 5", "different length: line 6",
+                  "no record of answers: line 7", "torn line, as a kill leaves it: line 8"):  # fmt: skip
+        assert words in said, words
+
+
+def test_two_writers_do_not_tear_each_others_lines(tmp_path):
+    path = tmp_path / "cache.jsonl"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: tgrl.append_records(path, [{"i": i, "pad": "x" * 20000}] * 2), range(40)))
+    assert sorted(json.loads(line)["i"] for line in path.read_text().splitlines()) == sorted([*range(40)] * 2)
+
+
+def read_metrics(out):
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+TABLE_1 = {
+    "TGRL": {},
+    "w/o Filter": dict(filter=False),
+    "w/o Reweight": dict(reweight=False),
+    "w/o Expert": dict(n_off=0, n_on=4),
+}
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo"])
+@pytest.mark.parametrize("row", TABLE_1)
+def test_every_row_of_table_1_trains(folder, tmp_path, algorithm, row):
+    """Real rollouts, experts and updates; then the run is readable, shown, and the trained model loads."""
+    out = tmp_path / "out"
+    cfg = folder.config(algorithm=algorithm, out=str(out), val_data=folder.options["data"], lr=1e-3, steps=2 if row == "TGRL" else 1, **TABLE_1[row])
+    before = {name: p.clone() for name, p in tgrl.load_model(cfg.model)[0].named_parameters()}
+    trainer = tgrl.Trainer(cfg)
+    collect = trainer.collect
+
+    def with_contrast(tally):  # a random model is never right: make one answer of each group so, to have a gradient
+        groups = collect(tally)
+        for g in groups:
+            g.trajectories[0].reward = 1.0
+            for t, a in zip(g.trajectories, tgrl.group_advantages(torch.tensor([[t.reward for t in g.trajectories]]))[0].tolist()):
+                t.advantage = a
+        return groups
+
+    trainer.collect = with_contrast
+    trainer.fit()
+    header, *records = read_metrics(out)
+    assert header["config"]["algorithm"] == algorithm and header["versions"]["torch"] and header["data"]["questions"] == 6
+    assert [r["step"] for r in records] == list(range(cfg.steps + 1)) and "accuracy" in records[-1]
+    assert all(math.isfinite(records[0][key]) for key in ("reward", "entropy", "grad_norm", "objective", "ratio", "seconds"))
+    assert ("kl" in records[0]) == (algorithm == "grpo") and ("expert_reward" in records[0]) == (row != "w/o Expert")
+    after = dict(tgrl.load_model(str(out / "model"))[0].named_parameters())
+    still = [name for name, p in after.items() if torch.equal(p, before[name])]
+    assert not still, still
+    show([out])
+    assert (out / "curves.png").stat().st_size > 10_000
+    page = (out / "groups.html").read_text()
+    assert "data:image/png;base64," in page and ("data-v=" in page) == (row != "w/o Expert")
+
+
+def test_dynamic_sampling_draws_again_and_is_bounded(folder, tmp_path, monkeypatch):
+    trainer = tgrl.Trainer(folder.config(algorithm="dapo", out=str(tmp_path), max_draws=3, n_off=0, n_on=3))
+    calls, tally = [], tgrl.Tally()
+    monkeypatch.setattr(trainer, "roll_out", lambda drawn: calls.append(len(drawn)) or [
+        tgrl.Group(p, None, [tgrl.Trajectory([1], "", float(i == 0 and len(calls) == 2 and k == 0), advantage=0.5) for i in range(3)])
+        for k, (_, p) in enumerate(drawn)])  # fmt: skip
+    groups = trainer.collect(tally)
+    assert calls == [4, 4, 3] and len(groups) == 4 and trainer.position == 11
+    assert [any(t.advantage for t in g.trajectories) for g in groups] == [True, False, False, False]
+    assert tally["filler"] == [3, 4] and tally["contrast"] == [1, 11]
+
+
+def test_what_counts_as_contrast(folder, tmp_path):
+    trainer = tgrl.Trainer(folder.config(out=str(tmp_path)))
+    group = lambda own, expert: tgrl.Group(None, None, [tgrl.Trajectory([1], "", r) for r in own] + [tgrl.Trajectory([1], "", expert, "x")])  # noqa: E731
+    assert trainer.has_contrast(group([0.0, 0.0], 1.0))  # rescued by its expert
+    assert not trainer.has_contrast(group([1.0, 1.0], 0.0))  # the masked expert alone keeps nothing
+    assert not trainer.has_contrast(group([0.0, 0.0], 0.0)) and not trainer.has_contrast(group([1.0, 1.0], 1.0))
+    trainer.cfg.filter = False
+    assert trainer.has_contrast(group([1.0, 1.0], 0.0))
+
+
+def test_experts_rotate_with_the_epoch(folder, tmp_path):
+    trainer = tgrl.Trainer(folder.config(out=str(tmp_path), n_off=2))
+    problem = trainer.problems[0]
+    cached = trainer.experts[problem.id]
+    ids = lambda epoch: [t.ids for t in trainer.pick_experts(problem, epoch)]  # noqa: E731
+    assert ids(0) == [cached[0].ids, cached[1].ids] and ids(1) == [cached[2].ids, cached[0].ids] and ids(3) == ids(0)
+    trainer.cfg.prefer_correct, cached[2].reward = True, 1.0
+    assert ids(0)[0] == cached[2].ids
+    trainer.experts = {}
+    assert trainer.pick_experts(problem, 0) == []
+
+
+def test_a_question_is_drawn_once_an_epoch(folder, tmp_path):
+    trainer = tgrl.Trainer(folder.config(out=str(tmp_path)))
+    drawn = trainer.draw(4) + trainer.draw(8)
+    assert [epoch for epoch, _ in drawn] == [0] * 6 + [1] * 6
+    for epoch in (0, 1):
+        assert len({p.id for e, p in drawn if e == epoch}) == 6
+
+
+def test_several_updates_use_pi_old_from_before_the_first(folder, tmp_path):
+    """With two updates a rollout, the first has ratio 1 and the second has not."""
+    trainer = tgrl.Trainer(folder.config(out=str(tmp_path), lr=1e-2, n_off=0, n_on=4))
+    groups = trainer.roll_out(trainer.draw(4))
+    for g in groups:
+        for i, t in enumerate(g.trajectories):
+            t.advantage = 1.0 if i % 2 else -1.0
+    trainer.set_log_probs(groups)
+    ratios = []
+    for part in (groups[:2], groups[2:]):
+        tally = tgrl.Tally()
+        trainer.update(part, tally)
+        ratios.append(tally["ratio"][0] / tally["ratio"][1])
+    assert abs(ratios[0] - 1) < 1e-5 < 1e-3 < abs(ratios[1] - 1)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(folder, tmp_path):
+    trainer = tgrl.Trainer(folder.config(out=str(tmp_path), questions_per_rollout=2))
+    groups = trainer.roll_out(trainer.draw(2))
+    groups[0].trajectories[0].advantage = float("nan")
+    before = [p.clone() for p in trainer.policy.parameters()]
+    trainer.update(groups, tally := tgrl.Tally())
+    assert tally["skipped_nonfinite"] == [1, 1] and all(map(torch.equal, before, trainer.policy.parameters()))
+
+
+def test_no_signal_no_step(folder, tmp_path):
+    trainer = tgrl.Trainer(folder.config(algorithm="dapo", out=str(tmp_path), questions_per_rollout=2, n_off=0, n_on=2))
+    groups = trainer.roll_out(trainer.draw(2))
+    for t in (t for g in groups for t in g.trajectories):
+        t.advantage = 0.0
+    before = [p.clone() for p in trainer.policy.parameters()]
+    trainer.update(groups, tally := tgrl.Tally())
+    assert tally["skipped_no_signal"] == [1, 1] and all(map(torch.equal, before, trainer.policy.parameters()))
+
+
+# ===== The command line, the README, the shape of the file =============================================================
+
+
+def test_options_come_from_the_dataclass(capsys):
+    command, cfg = tgrl.parse(["train", "--algorithm", "grpo", "--n_on", "4", "--no-filter", "--lr", "1e-5", "--sharpness", "7"])
+    assert command == "train" and (cfg.algorithm, cfg.n_on, cfg.filter, cfg.lr, cfg.sharpness) == ("grpo", 4, False, 1e-5, 7.0)
+    assert (cfg.clip_high, cfg.kl_coef, cfg.token_mean, cfg.dynamic_sampling) == (0.2, 0.01, False, False)
+    dapo = tgrl.parse(["train"])[1]
+    assert (dapo.sharpness, dapo.clip_high, dapo.kl_coef, dapo.token_mean, dapo.dynamic_sampling) == (14.0, 0.28, 0.0, True, True)
+    assert tgrl.parse([])[0] == "toy" and "32B" in tgrl.parse(["experts"])[1].model
+    with pytest.raises(SystemExit):
+        tgrl.parse(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{f.name}" in text for f in dataclasses.fields(Config))
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["train", "--algorithm", "ppo"], "can be dapo or grpo"),
+    (["train", "--n_on", "1", "--n_off", "0"], "nothing to compare"),
+    (["train", "--questions_per_update", "100"], "not a multiple"),
+    (["train", "--min_pixels", "9999999"], "larger than"),
+    (["train", "--micro_batch", "0"], "at least 1"),
+])  # fmt: skip
+def test_bad_options_are_explained(argv, words):
+    with pytest.raises(BadInput, match=words):
+        tgrl.parse(argv)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(experts="nowhere.jsonl"), "tgrl.py experts"),
+    (dict(model="nowhere"), "cannot load --model nowhere"),
+    (dict(tracker="abacus"), "--tracker abacus"),
+])  # fmt: skip
+def test_a_run_that_cannot_start_says_what_to_do(folder, tmp_path, change, words):
+    with pytest.raises(BadInput, match=words):
+        tgrl.Trainer(folder.config(out=str(tmp_path / "out"), **change))
+
+
+def test_an_earlier_run_is_not_overwritten(folder, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(BadInput, match="holds an earlier run"):
+        tgrl.Trainer(folder.config(out=str(tmp_path)))
+
+
+def test_eval_escapes_what_models_write(tmp_path):
+    nasty = "<script>alert(1)</script>\n</think>"
+    tokens = dict(tokens=[nasty, "é"], logp=[-1.0, -2.0], behavior_logp=[-0.5, -1.0], weight=[0.2, 0.9], coefficient=[0.1, 0.3])
+    answers = [dict(text=nasty, reward=0.0, advantage=-1.0, source=source, finished=True, **tokens) for source in ("policy", nasty)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [{"config": dataclasses.asdict(Config())}, {"step": 0, "reward": 0.5}])))
+    (tmp_path / "groups.jsonl").write_text(json.dumps(dict(step=0, question=nasty, answer=nasty, images=["https://example.org/x.png"], answers=answers)))
+    show([tmp_path])
+    page = (tmp_path / "groups.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page and "example.org" not in page
+
+
+def test_toy_answers_follow_the_rules():
+    rng = random.Random(0)
+    right = tgrl.toy_answer(rng, 3, 4, 1.0)
+    assert right == "<think>width 3, height 4. area = 3*4 = 12. edge = 2*7 = 14. total = 12+14 = 26</think>\\boxed{26}"
+    assert tgrl.reward(right, tgrl.toy_row(rng, 3, 4)["answer"]) == 1.0
+    wrong = tgrl.toy_answer(rng, 3, 4, 0.0)
+    assert "3+4 = 7" in wrong and "1*7 = 7" in wrong and "7-7 = 0" in wrong and tgrl.reward(wrong, "26") == 0.0
+
+
+def test_nothing_uses_what_is_defined_below_it():
+    """tgrl.py reads from top to bottom: inside a function, no module-level name of a later line (main excepted)."""
+    tree = ast.parse(Path(tgrl.__file__).read_text())
+    where = {node.name: node.lineno for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    where |= {t.id: node.lineno for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "main":
+            names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+            own = {n.id for n in names if isinstance(n.ctx, ast.Store)} | {a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
+            late = {n.id for n in names if n.id not in own and where.get(n.id, 0) > node.end_lineno}
+            assert not late, f"{node.name} uses {late}"
+
+
+def test_every_equation_is_on_its_line_and_in_the_readme():
+    source = Path(tgrl.__file__).read_text()
+    code = [line for line in source.splitlines() if "# " in line and line.split("#")[0].strip()]
+    tagged = set()
+    for line in code:
+        for numbers in re.findall(r"Eq\. ([\d, -]+)", line.split("#", 1)[1]):
+            for part in re.findall(r"\d+(?:-\d+)?", numbers):
+                low, _, high = part.partition("-")
+                tagged |= set(range(int(low), int(high or low) + 1))
+    assert tagged >= {2, 3, 4, *range(13, 26)}
+    readme = (Path(tgrl.__file__).parent / "README.md").read_text()
+    rows = re.findall(r"^\| *(\d+(?:[-–, ]+\d+)*) *\|.*?\| *`(\w+(?:\.\w+)?)`", readme, re.MULTILINE)
+    assert rows, "the README has lost its table of equations"
+    for numbers, name in rows:
+        owner, _, method = name.partition(".")
+        thing = getattr(getattr(tgrl, owner), method) if method else getattr(tgrl, owner)
+        body = inspect.getsource(thing)
+        for number in re.findall(r"\d+", numbers):
+            ranges = [range(int(a), int(b or a) + 1) for part in re.findall(r"Eq\. ([\d, -]+)", body) for a, b in re.findall(r"(\d+)(?:-(\d+))?", part)]
+            assert any(int(number) in r for r in ranges), f"{name} has no # Eq. {number}"
+    for name in re.findall(r"--(?:no-)?(\w+)", readme):
+        assert name in {f.name for f in dataclasses.fields(Config)} | {"nproc", "help", "nnodes", "num_processes"}, name

@@ -1,0 +1,1433 @@
+"""TGRL: Trajectory-Guided Reinforcement Learning for multimodal RLVR (arXiv 2603.26126), whole, in one file.
+
+    python tgrl.py                                          the method on a toy world, on a CPU, in minutes
+    python tgrl.py experts --data hiyouga/geometry3k        sample, score and grade expert answers into a cache
+    python tgrl.py train --data hiyouga/geometry3k          train Qwen2.5-VL-3B with them, on one device ...
+    torchrun --nproc-per-node 8 tgrl.py train ...           ... or on eight, by the same lines
+    python tgrl.py --help                                   every option, and where its default comes from
+
+A question with a picture gets a *group* of answers: most are written by the policy, a few by a stronger model. All are
+graded by rule and compared within the group; the expert's tokens are weighted by how much the policy underestimates them.
+
+Sections, in the order in which the data flows:
+    1 options   2 reward (Eq. 3)   3 loss (Eq. 13-25)   4 questions and prompts   5 a group is one row
+    6 rollouts  7 experts          8 training           9 the toy world
+
+Tensor shapes use one alphabet: B questions, G answers a question, N = B*G trajectories, P prompt tokens, T answer tokens,
+R rows, L tokens a row, V vocabulary. Names for the paper's symbols, where one letter means two things there:
+    beta  in Eq. 20 -> sharpness      beta    in Eq. 2, 24 -> kl_coef      pi_theta        -> logp
+    sigma in Eq. 20 -> sigmoid        sigma   in Eq. 15-19 -> std          pi_old, pi_phi  -> behavior_logp
+    epsilon in a clip -> clip_low/high    epsilon in a denominator -> eps  m -> expert_ok, f, r~ -> coefficient
+What the paper leaves open, and what is chosen here and why, is a table in README.md.
+"""
+
+import argparse
+import base64
+import collections
+import copy
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import typing
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# ===== 1. Options: one dataclass; the command line is made from it ====================================================
+
+THINK = (
+    "Think it through first, step by step, between <think> and </think>. "
+    "After that, give the final answer, and nothing but the answer, inside \\boxed{}."
+)
+
+
+class BadInput(ValueError):
+    """Something the user can mend: the message says what was wrong, where, and what to do."""
+
+
+def option(default, text, choices=None):
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass
+class Config:
+    # what is read and written
+    model: str = option("Qwen/Qwen2.5-VL-3B-Instruct", "who answers: the student (train) or the expert (experts); hub id or folder [paper]")
+    data: str = option("hiyouga/geometry3k", "questions: hub id, .parquet, .jsonl, or a folder of them or of images [paper]")
+    split: str = option("train", "split of a hub data set or folder")
+    image_root: str = option("", "folder that relative image paths start from; empty: the data file's own folder")
+    experts: str = option("experts.jsonl", "cache of expert answers: written by experts, read by train when n_off > 0")
+    val_data: str = option("", "held-out questions for greedy accuracy during training; empty: none")
+    val_split: str = option("test", "split of val_data")
+    out: str = option("runs/train", "folder of the run: metrics.jsonl, groups.jsonl, the trained model")
+    # the question as the model sees it
+    instruction: str = option(THINK, "appended to each question [asks for what EasyR1's asks, in our words]")
+    min_pixels: int = option(262144, "smaller pictures are enlarged to this many pixels [EasyR1]")
+    max_pixels: int = option(4194304, "larger pictures are reduced to this many pixels [EasyR1]")
+    max_prompt: int = option(2048, "questions of more tokens are left out, never cut [EasyR1]")
+    max_answer: int = option(2048, "answers end after this many tokens [EasyR1]")
+    # the method; None: by algorithm, see BY_ALGORITHM
+    algorithm: str = option("dapo", "dapo or grpo; with n_off > 0 TGRL-DAPO or TGRL-GRPO [paper]", ["dapo", "grpo"])
+    n_on: int = option(7, "answers of the policy in a group [paper, Geo3K; 4 for ViRL39K]")
+    n_off: int = option(1, "answers of the expert in a group; 0: plain GRPO or DAPO [paper]")
+    sharpness: float | None = option(None, "beta of Eq. 20 [paper: 5 for grpo, 14 for dapo]")
+    reweight: bool = option(True, "weigh expert tokens by Eq. 18-20; no: w = 1 [paper, Table 1]")
+    filter: bool = option(True, "give wrong expert answers no weight, Eq. 22; no: m = 1 [paper, Table 1]")
+    prefer_correct: bool = option(False, "take a correct expert answer first if the cache has one [choice]")
+    clip_low: float | None = option(None, "lower clip of the coefficient [EasyR1: 0.2]")
+    clip_high: float | None = option(None, "upper clip [EasyR1: 0.28 for dapo; Eq. 24 is symmetric, so 0.2 for grpo]")
+    kl_coef: float | None = option(None, "beta of Eq. 24 [EasyR1: 0.01 for grpo; DAPO has none]")
+    token_mean: bool | None = option(None, "average over tokens (Eq. 25), not over trajectories (Eq. 24) [by algorithm]")
+    dynamic_sampling: bool | None = option(None, "draw again for groups without contrast [DAPO: yes, GRPO: no]")
+    max_draws: int = option(20, "rounds of drawing before a batch is completed with such groups [EasyR1]")
+    # the optimisation
+    epochs: int = option(15, "passes over the questions; sets the number of steps [paper: 15 Geo3K, 2 ViRL39K]")
+    steps: int = option(0, "steps (rollout, then updates); 0: from epochs")
+    questions_per_rollout: int = option(512, "questions a step, over all processes [EasyR1 rollout_batch_size]")
+    questions_per_update: int = option(128, "questions an optimizer update [EasyR1 global_batch_size]")
+    micro_batch: int = option(1, "groups a forward pass on one process [EasyR1: 1]")
+    lr: float = option(1e-6, "learning rate of AdamW, constant [EasyR1]")
+    weight_decay: float = option(0.01, "of AdamW [EasyR1]")
+    max_grad_norm: float = option(1.0, "gradient clipping [EasyR1]")
+    freeze_vision: bool = option(False, "do not train the vision tower [EasyR1: trained]")
+    checkpointing: bool = option(True, "recompute activations in the backward pass, to save memory [EasyR1]")
+    # the rollouts
+    generate_batch: int = option(64, "answers generated at once on one process")
+    samples: int = option(4, "experts: answers sampled a question")
+    # what is shown and kept
+    eval_every: int = option(5, "steps between greedy evaluations on val_data [EasyR1]")
+    show_every: int = option(10, "steps between groups recorded for groups.html")
+    tracker: str = option("tensorboard", "any tracker accelerate knows (tensorboard, wandb, ...), or none")
+    limit: int = option(0, "use only the first so many questions; 0: all")
+    seed: int = option(1, "of data order and sampling [EasyR1]")
+
+    BY_ALGORITHM: typing.ClassVar = {
+        "grpo": dict(sharpness=5.0, clip_low=0.2, clip_high=0.2, kl_coef=0.01, token_mean=False, dynamic_sampling=False),
+        "dapo": dict(sharpness=14.0, clip_low=0.2, clip_high=0.28, kl_coef=0.0, token_mean=True, dynamic_sampling=True),
+    }
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
+                raise BadInput(f"--{f.name} is {getattr(self, f.name)!r}; it can be {' or '.join(f.metadata['choices'])}")
+        for name, value in self.BY_ALGORITHM[self.algorithm].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name in ("n_on", "questions_per_update", "micro_batch", "generate_batch", "max_answer", "max_draws", "samples"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_off < 0 or self.n_on + self.n_off < 2:
+            raise BadInput(f"a group of --n_on {self.n_on} and --n_off {self.n_off} has nothing to compare; take 2 answers or more")
+        if self.questions_per_rollout % self.questions_per_update:
+            raise BadInput(
+                f"--questions_per_rollout {self.questions_per_rollout} is not a multiple of "
+                f"--questions_per_update {self.questions_per_update}; every update needs its full share"
+            )
+        if self.min_pixels > self.max_pixels:
+            raise BadInput(f"--min_pixels {self.min_pixels} is larger than --max_pixels {self.max_pixels}")
+
+
+# ===== 2. Reward: is the boxed answer right?   Eq. 3 ==================================================================
+
+
+def extract_boxed(text: str) -> str | None:
+    """The content of the last \\boxed{...} whose braces are balanced, or None."""
+    boxes, open_braces = [], []  # one pass: a policy may write ten thousand \boxed{ in a row
+    for token in re.finditer(r"\\boxed\s*\{|\\(?!\\boxed).|[{}]", text, re.DOTALL):
+        if token[0] == "}" and open_braces:
+            opening = open_braces.pop()
+            if opening[0] != "{":
+                boxes.append((opening.end(), token.start()))
+        elif token[0][-1] == "{" and token[0] != r"\{":
+            open_braces.append(token)
+    return text[slice(*max(boxes))].strip() if boxes else None
+
+
+MAX_ANSWER_CHARS = 400  # nothing longer is compared as mathematics
+UNICODE = str.maketrans({"²": "^2", "³": "^3", "√": r"\sqrt ", "∞": r"\infty ", "∠": r"\angle ", "º": "°", "˚": "°", "≈": "="})
+UNIT = r" ?(deg|in|ft|yd|mi|kg|ml|[cdkm]?m)| (?!(?:or|and|sin|cos|tan|log|ln) )([A-Za-z][A-Za-z ./]{2,})"  # 2xyz is algebra
+ABBREVIATIONS = {"square ": "sq ", "sq. ": "sq ", "kilo": "k", "centi": "c", "milli": "m", "meter": "m", "metre": "m", "degree": "deg",
+                 "inche": "in", "inch": "in", "feet": "ft", "foot": "ft", "yard": "yd", "mile": "mi"}  # fmt: skip
+
+
+def _normalize(text: str) -> tuple[str, str]:
+    """(value, unit): only what math-verify does not know of how Geo3K, ViRL39K and models write an answer."""
+    text = text if (inner := extract_boxed(text)) is None else inner
+    text = re.sub(r"(?<!\\)\\[\[\]()]|\\?\$", "", text).translate(UNICODE)  # a $ left inside would be read as two formulas
+    text = re.sub(r"\\(?:text|math)(?:rm|bf|it|normal)?\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"(?<!\\)\\[,;:! ]|[\s~]", " ", text.replace(r"\approx", "="))
+    text, degrees = re.subn(r"\^ ?\{? ?\\circ ?\}?|\\degree|\^?°", "", re.sub(" +", " ", text))
+    text = re.sub(r"\\sqrt ?(\d+|\([^()]*\))", r"\\sqrt{\1}", text)
+    text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi", text)
+    text = text.strip(" =").removesuffix(".").strip()
+    match = re.fullmatch(rf"(.*(?:[\d)}}π]|\\pi))(?:{UNIT})( ?\^ ?\{{? ?[23] ?\}}?)?", text)
+    if not match:
+        return text, "deg" if degrees else ""
+    unit = (match[2] or match[3]).lower()
+    for long, short in ABBREVIATIONS.items():
+        unit = unit.replace(long, short)
+    unit = re.sub("^sq (.*)", r"\1^2", unit.strip(" .").removesuffix("s")) + re.sub("[ {}]", "", match[4] or "")
+    return match[1], "" if "unit" in unit else unit  # 5 square units are 5 cm^2, too
+
+
+class _MathVerify:
+    """math-verify in a process of its own, so that it can be stopped.
+
+    sympy can spend hours in one call of C code, 9^{9^{9^9}}, where no Python handler of a signal runs. So the worker forks
+    a child to do the work: an alarm that nobody handles kills it after two seconds, and the next is there at once.
+    """
+
+    WORKER = r"""
+import json, logging, os, resource, signal, sys
+signal.alarm(120)
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+logging.disable(logging.CRITICAL)
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
+config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=NormalizationConfig(malformed_operators=True, nits=True))
+read = lambda text: parse(f"${text}$", [config], parsing_timeout=None, raise_on_error=True)
+reply = lambda value: print(json.dumps(value), flush=True)
+reply("ready")
+signal.alarm(0)
+while child := os.fork():
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == 0: sys.exit()
+    reply("timeout" if code == -signal.SIGALRM else "crash")
+for line in sys.stdin:
+    signal.alarm(2)
+    try:
+        prediction, answer = map(read, json.loads(line))
+        verdict = bool(verify(answer, prediction, timeout_seconds=None, raise_on_error=True))
+    except BaseException as error: verdict = type(error).__name__
+    signal.alarm(0)
+    reply(verdict)
+"""
+
+    def __init__(self):
+        self.lock, self.worker = threading.Lock(), None
+        self.errors = collections.Counter()  # reason -> pairs without a verdict: reported with the metrics, never silent
+
+    def start(self) -> subprocess.Popen:
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+        worker = subprocess.Popen([sys.executable, "-c", self.WORKER], start_new_session=True, **pipes)  # out of Ctrl-C's reach
+        if worker.stdout.readline() != b'"ready"\n':
+            raise RuntimeError("math-verify does not start; try `python -c 'import math_verify'`")
+        return worker
+
+    @functools.lru_cache(maxsize=100_000)
+    def __call__(self, prediction: str, answer: str) -> bool:
+        with self.lock:
+            worker, self.worker = self.worker or self.start(), None
+            try:
+                worker.stdin.write(json.dumps([prediction, answer]).encode() + b"\n")
+                verdict = json.loads(worker.stdout.readline())
+                self.worker = worker  # only now: one that died, or still owes a reply after Ctrl-C, is never asked again
+            except (OSError, ValueError):
+                verdict = "crash"
+            if isinstance(verdict, str):
+                self.errors[verdict] += 1
+            return verdict is True
+
+
+math_verify = _MathVerify()
+os.register_at_fork(after_in_child=math_verify.__init__)  # a forked process starts a worker of its own
+
+
+def is_equivalent(prediction: str, answer: str) -> bool:
+    """Do the two mean the same?  Choices and words by rule, everything else by math-verify."""
+    if max(len(prediction), len(answer)) > MAX_ANSWER_CHARS:
+        return prediction.strip() == answer.strip() != ""
+    (prediction, unit), (answer, answer_unit) = _normalize(prediction), _normalize(answer)
+    if not prediction or not answer or (unit and answer_unit and unit != answer_unit):
+        return False
+    choice = re.fullmatch(r"(?i)\(?([A-H])(?:\)[.:]?|[.:]|$) ?(.*)", prediction)  # "B", "(B)", "B. 60"
+    if letter := re.fullmatch(r"(?i)\(?([A-H])\)?", answer):
+        return bool(choice) and choice[1].lower() == letter[1].lower() and not re.fullmatch("[A-H(),.: ]+", choice[2])  # nor "A. B"
+    if choice and choice[2]:  # "B. 60", where the answer is the value
+        prediction = choice[2]
+    if ("=" in prediction) != ("=" in answer):  # m\widehat{AB} = 60, but not 2x + 1 = 60
+        prediction, answer = (re.sub(r"^[^\d=<>!+*/^,-]+= *", "", text) for text in (prediction, answer))
+    if len({re.sub(r" |\\?%$", "", text).lower() for text in (prediction, answer)}) == 1:
+        return True
+    if re.fullmatch("[A-Za-z ]+", prediction) or re.fullmatch("[A-Za-z ]+", answer):
+        return False  # words are no products of letters: AB is not BA
+    return math_verify(prediction, answer)
+
+
+def reward(response: str, answer: str) -> float:
+    """R = 1 if the last boxed expression of the response is equivalent to the answer, else 0.   Eq. 3"""
+    return float(is_equivalent(extract_boxed(response) or "", answer))  # Eq. 3
+
+
+# ===== 3. The loss: Eq. 13-25.   Everything down to the end of this section needs torch alone; copy it as it is. ======
+# Two things keep it short. Each trajectory brings `behavior_logp`, the log-probs under whoever wrote it, pi_old for the
+# policy's own answers and pi_phi for the expert's, so that the PPO ratio and Eq. 17 are the same line. And `shares`
+# says beforehand how much each token counts, so that a batch may be split over micro-batches and devices at will.
+
+
+def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
+    """rewards [B, G] of whole groups, policy and expert answers together (Eq. 14) -> advantages [B, G]."""
+    if rewards.shape[1] < 2:
+        raise ValueError(f"an advantage compares answers; a group of {rewards.shape[1]} has nothing to compare")
+    mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)  # [B, 1]  Eq. 15
+    return (rewards - mean) / (std + eps)  # Eq. 16
+
+
+@torch.no_grad()
+def expert_weights(logp: Tensor, behavior_logp: Tensor, mask: Tensor, sharpness: float, eps: float = 1e-6) -> Tensor:
+    """w [N, T] in [0, 1]: which of its own tokens each trajectory should teach. Valid tokens only; no gradient."""
+    mask = mask.bool()
+    delta = torch.where(mask, behavior_logp - logp, 0)  # [N, T]  Eq. 18
+    count = mask.sum(1, keepdim=True)  # [N, 1]
+    mean = delta.sum(1, keepdim=True) / count.clamp(min=1)
+    deviation = torch.where(mask, delta - mean, 0)
+    std = (deviation.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    normalized = deviation / (std + eps)  # Eq. 19
+    return torch.sigmoid(sharpness * normalized)  # Eq. 20
+
+
+def unified_coefficient(logp: Tensor, behavior_logp: Tensor, mask: Tensor, is_expert: Tensor, expert_ok: Tensor,
+                        sharpness: float | None) -> Tensor:  # fmt: skip
+    """r~ [N, T]: the importance ratio, for expert rows times m*w. is_expert, expert_ok: bool [N]; sharpness None: w = 1."""
+    # where: padding may hold anything. clamp: e^20 is far outside every clip, and keeps inf * 0 out of the gradient.
+    ratio = torch.where(mask.bool(), logp - behavior_logp, 0).clamp(-20, 20).exp()  # [N, T]  Eq. 17, and pi_theta / pi_old
+    w = 1.0 if sharpness is None else expert_weights(logp, behavior_logp, mask, sharpness)  # Eq. 18-20
+    f = ratio * w  # Eq. 21
+    m = expert_ok.to(f.dtype)[:, None]  # [N, 1]  Eq. 22
+    return torch.where(is_expert[:, None], m * f, ratio)  # Eq. 23
+
+
+def token_shares(mask: Tensor, algorithm: str, n_trajectories: int | None = None, n_tokens: int | None = None) -> Tensor:
+    """[N, T]: what each token counts in the objective. Totals are those of the whole update; default: of this batch."""
+    mask = mask * 1.0
+    if algorithm == "grpo":
+        length = mask.sum(1, keepdim=True).clamp(min=1)
+        return mask / length / (n_trajectories or len(mask))  # 1/G 1/|o_i|  Eq. 24
+    if algorithm == "dapo":
+        return mask / (n_tokens or mask.sum().clamp(min=1))  # 1/sum |o_i|  Eq. 25
+    raise ValueError(f"algorithm is {algorithm!r}; it can be 'grpo' or 'dapo'")
+
+
+def tgrl_loss(logp: Tensor, behavior_logp: Tensor, mask: Tensor, advantages: Tensor, is_expert: Tensor, expert_ok: Tensor,
+              shares: Tensor, *, sharpness: float | None, clip_low: float, clip_high: float, kl_coef: float = 0.0,
+              ref_logp: Tensor | None = None) -> tuple[Tensor, dict]:  # fmt: skip
+    """-> (loss, metrics).  logp, behavior_logp, mask (bool), shares, ref_logp: [N, T];  advantages, is_expert, expert_ok (bool): [N].
+
+        advantages = group_advantages(rewards).flatten()  # rewards [B, G], N = B * G
+        shares = token_shares(mask, "grpo")  # of a batch that is split: give the totals of the whole
+        loss, metrics = tgrl_loss(logp, behavior_logp, mask, advantages, is_expert, rewards.flatten() == 1, shares,
+                                  sharpness=5.0, clip_low=0.2, clip_high=0.2)
+
+    Log-probs in float32; padding may hold anything. Without expert rows this is GRPO (Eq. 2) or DAPO (Eq. 4) exactly. A filtered
+    expert adds a constant to the loss and no gradient. Metrics are (sum, count) pairs, which add up over micro-batches and
+    devices, and leave filtered experts out.
+    """
+    coefficient = unified_coefficient(logp, behavior_logp, mask, is_expert, expert_ok, sharpness)  # [N, T]  Eq. 17-23
+    advantage = advantages[:, None]  # [N, 1]
+    clipped = coefficient.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.minimum(coefficient * advantage, clipped * advantage)  # [N, T]
+    loss = -(shares * surrogate).sum()  # Eq. 2, 4, 24, 25
+
+    mask = mask.bool()
+    own = mask & ~is_expert[:, None]  # the policy's tokens [N, T]
+    taught = mask & (is_expert & expert_ok)[:, None]  # the kept experts' tokens
+    cut = coefficient * advantage > clipped * advantage  # where the clip stops the gradient
+    pair = lambda value, where: (torch.where(where, value.detach(), 0).sum(), where.sum())  # noqa: E731
+    metrics = {
+        "objective": (pair(shares * surrogate, own | taught)[0], shares.sum()),
+        "entropy": pair(-logp, own),  # estimated by -log pi of the sampled tokens
+        "ratio": pair(coefficient, own),
+        "clipped": pair(cut.float(), own),
+        "expert_coefficient": pair(coefficient, taught),
+        "expert_clipped": pair(cut.float(), taught),
+        "expert_logp": pair(logp, taught),
+        "expert_delta": pair(behavior_logp - logp, taught),
+    }
+    if kl_coef:
+        gap = torch.where(own, ref_logp - logp, 0).clamp(-20, 20)  # the estimator needs samples of the policy: its tokens
+        k3 = gap.expm1() - gap  # e^gap - 1 - gap, precise where it is small
+        loss = loss + kl_coef * (shares * k3).sum()  # Eq. 2, 24
+        metrics["kl"] = pair(k3, own)
+    return loss, metrics
+
+
+# --- the part to copy ends here ---------------------------------------------------------------------------------------
+
+# ===== 4. Questions and prompts =======================================================================================
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from accelerate import Accelerator  # noqa: E402
+from accelerate.utils import set_seed  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+from qwen_vl_utils import fetch_image, smart_resize  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import AutoConfig, AutoProcessor, DynamicCache, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
+
+PATCH, MERGED = 14, 28  # Qwen2.5-VL: a patch is 14 pixels wide; 2 x 2 of them become one token
+PLACEHOLDER = "<image>"
+
+
+def say(text: str):
+    """Print, once however many processes run, and above the progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text)
+
+
+@dataclass
+class Problem:
+    id: str  # a hash of the content, so that a cache of answers survives reordering and subsets
+    question: str  # with one <image> where each picture goes
+    images: list[bytes]  # encoded pictures, decoded when needed
+    answer: str
+
+
+def picture_bytes(source, root: Path) -> bytes:
+    """A picture as rows hold it (PIL image, bytes, a path, the hub's {bytes, path}) -> its encoded bytes."""
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, Image.Image):
+        source.save(buffer := io.BytesIO(), "PNG")
+        return buffer.getvalue()
+    if isinstance(source, str):
+        return (root / source).read_bytes()
+    if not isinstance(source, bytes):
+        raise BadInput(f"a picture is given as {type(source).__name__}, not as PIL image, bytes or path")
+    return source
+
+
+def open_picture(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    if image.has_transparency_data:  # black lines on nothing become black lines on white, not black on black
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def read_problem(row: dict, root: Path) -> Problem:
+    """One row in the schema of geometry3k (images, problem, answer) or ViRL39K (image, question, answer)."""
+    question = str(row.get("problem") or row.get("question") or "").strip()
+    answer = str("" if row.get("answer") is None else row["answer"]).strip()
+    answer = extract_boxed(answer) or answer  # ViRL39K writes \boxed{42}
+    if not question or not answer:
+        raise BadInput("no answer" if question else "no question")
+    images = row["images"] if row.get("images") is not None else row.get("image")
+    images = images if isinstance(images, list) else [] if images in (None, "") else [images]
+    try:
+        images = [picture_bytes(image, root) for image in images]
+        sizes = [open_picture(image).size for image in images]
+    except FileNotFoundError as error:
+        raise BadInput(f"picture not found, {error.filename}") from error
+    except Exception as error:  # PIL raises nearly anything on a broken file
+        raise BadInput(f"unreadable picture, {type(error).__name__}") from error
+    for width, height in sizes:
+        if min(width, height) < PATCH or max(width, height) > 200 * min(width, height):  # 200: the model's own limit
+            raise BadInput(f"picture of {width} x {height} pixels")
+    if len(images) == 1 and PLACEHOLDER not in question:
+        question = PLACEHOLDER + question  # some 2 % of ViRL39K lost theirs
+    if question.count(PLACEHOLDER) != len(images):
+        raise BadInput(f"{question.count(PLACEHOLDER)} times {PLACEHOLDER} for {len(images)} pictures")
+    content = hashlib.sha256(repr((question, answer)).encode())
+    for image in images:
+        content.update(image)
+    return Problem(content.hexdigest()[:16], question, images, answer)
+
+
+def read_rows(source: str, split: str) -> typing.Iterator[dict]:
+    """Rows of a hub data set, a parquet or JSONL file, or a folder of them or of images with metadata.jsonl."""
+    if source.endswith((".jsonl", ".json", ".parquet")) and not Path(source).exists():
+        raise BadInput(f"{source} does not exist (looked in {Path.cwd()})")
+    if source.endswith((".jsonl", ".json")):
+        for number, line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                yield dict(json.loads(line))
+            except (ValueError, TypeError):
+                raise BadInput(f"{source}, line {number} is no JSON object; one object a line is expected") from None
+        return
+    import datasets  # slow to import, and a JSONL file needs none of it
+
+    try:
+        if source.endswith(".parquet"):
+            table = datasets.load_dataset("parquet", data_files=source, split="train")
+        else:
+            table = datasets.load_dataset(source, split=split)
+    except Exception as error:
+        hint = "Give a hub id (which needs the network once), a .parquet or .jsonl file, or a folder of such files."
+        raise BadInput(f"cannot load {source!r}, split {split!r}: {error}\n{hint}") from error
+    for batch in table.with_format("arrow").iter(64):  # arrow: pictures stay encoded, so a broken one harms no other row
+        yield from batch.to_pylist()
+
+
+def report_left_out(source, left_out: list[tuple[int, str]], total: int, unit: str = "row"):
+    """(number, reason) pairs -> one message, a line a reason."""
+    if left_out:
+        say(f"{source}: {len(left_out)} of {total} {unit}s left out")
+    for reason, same in itertools.groupby(sorted(left_out, key=lambda x: (x[1], x[0])), key=lambda x: x[1]):
+        numbers = [str(number) for number, _ in same]
+        say(f"  {reason}: {unit} {', '.join(numbers[:8])}" + f" and {len(numbers) - 8} more" * (len(numbers) > 8))
+
+
+def load_problems(source: str, split: str = "train", image_root: str = "", limit: int = 0) -> list[Problem]:
+    """All questions that can be used; the others are left out and reported together."""
+    root = Path(image_root or (source if Path(source).is_dir() else Path(source).parent))
+
+    def read(row):
+        try:
+            return read_problem(row, root)
+        except BadInput as reason:
+            return str(reason)
+
+    rows = itertools.islice(read_rows(source, split), limit or None)
+    first = next(rows, {})
+    for names in (("problem", "question"), ("answer",)):
+        if not any(name in first for name in names):
+            raise BadInput(f"{source} has no column {' or '.join(names)}; its columns are: {', '.join(first) or 'none, it is empty'}")
+    with ThreadPoolExecutor() as pool:  # decoding pictures is most of the work, and runs outside the interpreter lock
+        results = list(pool.map(read, itertools.chain([first], rows)))
+    report_left_out(source, [(n, r) for n, r in enumerate(results) if isinstance(r, str)], len(results))
+    problems = [r for r in results if isinstance(r, Problem)]
+    if not problems:
+        raise BadInput(f"{source}: none of its {len(results)} rows can be used")
+    return problems
+
+
+@dataclass
+class Prompt:
+    ids: Tensor  # [P] each picture expanded to its image tokens
+    positions: Tensor  # [3, P] time, height, width
+    pixels: Tensor | None  # [patches, 3 * 2 * 14 * 14]
+    grid: Tensor | None  # [pictures, 3]
+
+    @property
+    def next_position(self) -> int:  # where text goes on; a picture takes fewer positions than tokens
+        return int(self.positions.max()) + 1
+
+
+class Encoder:
+    """Question -> prompt, the same way for rollouts, experts, training and evaluation."""
+
+    def __init__(self, processor, model, cfg: Config):
+        self.processor, self.tokenizer, self.cfg = processor, processor.tokenizer, cfg
+        self.rope_index = model.model.get_rope_index
+
+    def text(self, problem: Problem) -> str:
+        """The chat, with one image token a picture."""
+        content = []
+        for i, part in enumerate(problem.question.split(PLACEHOLDER)):
+            content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": part}] * bool(part.strip())
+        content.append({"type": "text", "text": " " + self.cfg.instruction})
+        messages = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def pictures(self, problem: Problem) -> list[Image.Image]:
+        limits = {"min_pixels": self.cfg.min_pixels, "max_pixels": self.cfg.max_pixels}
+        return [fetch_image({"image": open_picture(image), **limits}) for image in problem.images]
+
+    def length(self, problem: Problem) -> int:
+        """Tokens of the prompt, without resizing a picture."""
+        tokens = len(self.tokenizer(self.text(problem)).input_ids)
+        for image in problem.images:
+            width, height = Image.open(io.BytesIO(image)).size
+            height, width = smart_resize(height, width, MERGED, self.cfg.min_pixels, self.cfg.max_pixels)
+            tokens += height // MERGED * (width // MERGED) - 1
+        return tokens
+
+    def __call__(self, problem: Problem) -> Prompt:
+        pictures = dict(images=self.pictures(problem), do_resize=False) if problem.images else {}
+        inputs = self.processor(text=[self.text(problem)], **pictures, return_tensors="pt")
+        ids, grid = inputs["input_ids"], inputs.get("image_grid_thw")
+        # Without mm_token_type_ids the model would silently number the picture's tokens as if they were text.
+        positions, _ = self.rope_index(ids, mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=grid)
+        return Prompt(ids[0], positions[:, 0], inputs.get("pixel_values"), grid)
+
+    def load(self, source: str, split: str) -> list[Problem]:
+        """The questions that can be used and are not too long. A prompt with a picture is never cut."""
+        problems = load_problems(source, split, self.cfg.image_root, self.cfg.limit)
+        lengths, limit = [self.length(problem) for problem in problems], self.cfg.max_prompt
+        reason = f"longer than --max_prompt {limit} tokens"
+        report_left_out(source, [(i, reason) for i, n in enumerate(lengths) if n > limit], len(lengths), "usable question")
+        kept = [problem for problem, n in zip(problems, lengths) if n <= limit]
+        if not kept:
+            raise BadInput(f"{source}: every question is {reason}; raise it, or lower --max_pixels")
+        return kept
+
+    def fingerprints(self) -> dict:
+        """What must agree for token ids and log-probs of two models to be comparable: tokenizer, and wording of the prompt."""
+        digest = lambda *parts: hashlib.sha256(repr(parts).encode()).hexdigest()[:16]  # noqa: E731
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        prompt = self.text(Problem("", PLACEHOLDER + "question", [], ""))
+        return {"tokenizer": digest(vocabulary), "prompt": digest(prompt, self.cfg.min_pixels, self.cfg.max_pixels)}
+
+
+def load_model(name: str, dtype=torch.float32):
+    """A Qwen2.5-VL and its processor, from a hub id or a folder: safetensors only, no remote code."""
+    try:
+        if (kind := AutoConfig.from_pretrained(name).model_type) != "qwen2_5_vl":
+            raise BadInput(f"--model {name} is a {kind}; this file trains Qwen2.5-VL")
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        return model, AutoProcessor.from_pretrained(name)
+    except OSError as error:
+        raise BadInput(f"cannot load --model {name}: {error}\nGive a hub id (which needs the network once) or a folder.") from error
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """Every token that ends an answer; Qwen has two, one of which, <|endoftext|>, is the padding as well."""
+    ends = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])})
+
+
+def unwritable_tokens(model, tokenizer) -> Tensor:
+    """Ids no answer may hold: vision tokens, which would crash the next forward, and rows beyond the vocabulary.
+
+    They are left out of the softmax wherever a log-prob is taken, so that it is the one that was sampled from; and models
+    of one family that differ only in padding rows (151936 at 3B, 152064 at 32B) get the same support.
+    """
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    beyond = range(len(tokenizer), model.get_output_embeddings().out_features)
+    return torch.tensor(sorted({getattr(model.config, name) for name in names}.union(beyond)))
+
+
+# ===== 5. A group is one row ==========================================================================================
+#
+#   row:       [ picture and question | answer 1 | answer 2 | ... | answer G ]      a group, laid out once
+#   segment:     0 0 0 0 0 0 0 0 0 0    1 1 1 1    2 2 2           G G G G
+#   position:    0 1 ...         p-1    p p+1 ..   p p+1 ..        p p+1 ..        p = where the question ended
+#
+#   mask:               question  answer 1  answer 2      A token sees what stands before it, if that is the question or
+#       question        causal       .         .          its own answer. To each answer it is as if the others were not
+#       answer 1        all        causal      .          there: log-probs and gradients are those of G separate rows,
+#       answer 2        all          .       causal       for P + G*T tokens instead of G*(P + T), and one vision pass.
+
+
+@dataclass
+class Trajectory:
+    ids: list[int]  # T tokens, with the end token unless it was cut off
+    text: str
+    reward: float
+    source: str = "policy"  # or which expert
+    finished: bool = True
+    advantage: float = 0.0
+    logp: Tensor | None = None  # [T] under the policy that is being trained
+    behavior_logp: Tensor | None = None  # [T] under whoever wrote it: pi_old or pi_phi
+    ref_logp: Tensor | None = None  # [T]
+
+    @property
+    def is_expert(self) -> bool:
+        return self.source != "policy"
+
+
+@dataclass
+class Group:
+    problem: Problem
+    prompt: Prompt
+    trajectories: list[Trajectory]
+
+
+@dataclass
+class Pack:
+    """Groups as tensors: first laid out in rows, then in trajectories; `origin` leads from one to the other."""
+
+    ids: Tensor  # [R, L]
+    positions: Tensor  # [3, R, L]
+    segments: Tensor  # [R, L] 0 question, 1 to G answers, -1 padding
+    pixels: Tensor | None
+    grid: Tensor | None
+
+    origin: Tensor  # [N, T] place in the flattened rows whose hidden state predicts this token
+    target: Tensor  # [N, T]
+    mask: Tensor  # [N, T] True: answer token, its end token included
+    behavior_logp: Tensor  # [N, T]
+    ref_logp: Tensor  # [N, T]
+    advantages: Tensor  # [N]
+    is_expert: Tensor  # [N]
+    expert_ok: Tensor  # [N]
+
+    def to(self, device) -> "Pack":
+        return Pack(**{name: x if x is None else x.to(device) for name, x in vars(self).items()})
+
+
+def pad(rows: list, value=0, multiple: int = 1) -> Tensor:
+    width = max(row.shape[-1] for row in rows)
+    width += -width % multiple
+    return torch.stack([F.pad(row, (0, width - row.shape[-1]), value=value) for row in rows], -2)
+
+
+def pack(groups: list[Group], filter: bool = True) -> Pack:
+    """Lay out each group as one row (see the drawing); several groups are right-padded rows."""
+    ids, positions, segments, origins = [], [], [], []
+    for group in groups:
+        prompt, length = group.prompt, len(group.prompt.ids)
+        parts, places, owners = [prompt.ids], [prompt.positions], [torch.zeros_like(prompt.ids)]
+        for number, trajectory in enumerate(group.trajectories, 1):
+            inputs = torch.tensor(trajectory.ids[:-1], dtype=torch.long)  # nothing is predicted from the last token
+            steps = torch.arange(len(inputs))
+            parts.append(inputs)
+            places.append((prompt.next_position + steps).expand(3, -1))
+            owners.append(torch.full_like(inputs, number))
+            # the first token is predicted by the question's last, each other one by the token before it
+            origins.append((len(ids), torch.cat([torch.tensor([len(prompt.ids) - 1]), length + steps])))
+            length += len(inputs)
+        ids.append(torch.cat(parts))
+        positions.append(torch.cat(places, 1))
+        segments.append(torch.cat(owners))
+    rows = pad(ids, multiple=8)  # [R, L] a multiple of 8, which the fused attention kernels ask for
+    all_trajectories = [t for group in groups for t in group.trajectories]
+    lengths = torch.tensor([len(t.ids) for t in all_trajectories])
+    column = lambda name: pad([torch.zeros(len(t.ids)) if getattr(t, name) is None else getattr(t, name) for t in all_trajectories])  # noqa: E731
+    pictured = [group.prompt for group in groups if group.prompt.pixels is not None]
+    return Pack(
+        ids=rows,
+        positions=pad(positions, multiple=8),
+        segments=pad(segments, -1, multiple=8),
+        pixels=torch.cat([p.pixels for p in pictured]) if pictured else None,
+        grid=torch.cat([p.grid for p in pictured]) if pictured else None,
+        origin=pad([row * rows.shape[1] + places for row, places in origins]),
+        target=pad([torch.tensor(t.ids) for t in all_trajectories]),
+        mask=torch.arange(lengths.max()) < lengths[:, None],
+        behavior_logp=column("behavior_logp"),
+        ref_logp=column("ref_logp"),
+        advantages=torch.tensor([t.advantage for t in all_trajectories]),
+        is_expert=torch.tensor([t.is_expert for t in all_trajectories]),
+        expert_ok=torch.tensor([t.reward == 1 or not filter for t in all_trajectories]),  # Eq. 22
+    )
+
+
+def attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """[R, L] -> [R, 1, L, L]: 0 where a token sees another, minus infinity (in effect) where not. Padding sees itself."""
+    query, key = segments[:, :, None], segments[:, None, :]
+    seen = ((key == 0) | (key == query)).tril()  # [R, L, L]
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+class Policy(nn.Module):
+    """A Qwen2.5-VL that answers one question: log pi(token) for every answer token of a pack."""
+
+    HEAD_CHUNK = 1024  # tokens whose [tokens, V] logits exist at one time
+
+    def __init__(self, model, unwritable: Tensor):
+        super().__init__()
+        self.model = model
+        self.register_buffer("unwritable", unwritable, persistent=False)
+        vision = model.config.vision_config
+        pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        self.register_buffer("blank", torch.zeros(vision.spatial_merge_size**2, pixels), persistent=False)
+
+    def token_logp(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """hidden [tokens, D], target [tokens] -> log-probs [tokens], in float32."""
+        logits = self.model.lm_head(hidden).float()  # [tokens, V]
+        return -F.cross_entropy(logits.index_fill(-1, self.unwritable, -torch.inf), target, reduction="none")
+
+    def forward(self, pack: Pack) -> Tensor:
+        """-> logp [N, T], 0 at padding."""
+        core = self.model.model
+        embeds = core.get_input_embeddings()(pack.ids)  # [R, L, D]
+        # Without any picture a blank one is encoded and not used: sharded vision blocks must run on all processes or none.
+        pixels, grid = (self.blank, pack.ids.new_tensor([[1, 2, 2]])) if pack.pixels is None else (pack.pixels, pack.grid)
+        features = torch.cat(core.get_image_features(pixels, grid, return_dict=True).pooler_output).to(embeds)  # [image tokens, D]
+        embeds = embeds.masked_scatter((pack.ids == self.model.config.image_token_id)[..., None], features)
+        mask = attention_mask(pack.segments, embeds.dtype)
+        output = core.language_model(inputs_embeds=embeds, position_ids=pack.positions, attention_mask=mask, use_cache=False)
+        hidden = output.last_hidden_state.flatten(0, 1)[pack.origin[pack.mask]]  # [tokens, D] only where an answer token is predicted
+        chunks = zip(hidden.split(self.HEAD_CHUNK), pack.target[pack.mask].split(self.HEAD_CHUNK))
+        logp = torch.cat([checkpoint(self.token_logp, h, t, use_reentrant=False) for h, t in chunks])
+        return torch.zeros(pack.mask.shape, device=logp.device).masked_scatter(pack.mask, logp)
+
+
+@torch.no_grad()
+def score(policy: Policy, groups: list[Group], micro_batch: int) -> list[list[Tensor]]:
+    """The log-probs [T] of every answer of every group, by the forward pass that training uses."""
+    policy.eval()
+    scores = []
+    for i in range(0, len(groups), micro_batch):
+        part = groups[i : i + micro_batch]
+        rows = iter(policy(pack(part).to(policy.blank.device)).cpu())
+        scores += [[next(rows)[: len(t.ids)] for t in group.trajectories] for group in part]
+    return scores
+
+
+# ===== 6. Rollouts ====================================================================================================
+
+
+@torch.no_grad()
+def sample(actor, prompts: list[Prompt], n: int, *, max_tokens: int, ends: list[int], unwritable: Tensor, greedy: bool = False,
+           chunk: int = 256) -> list[list[list[int]]]:  # fmt: skip
+    """n answers to each prompt, as token ids up to and with the first end token, by the model's own generate.
+
+    Each question is encoded and prefilled once and its cache repeated for its answers. After each chunk of tokens the
+    finished answers leave the batch. Temperature 1 and nothing truncated, else pi_old is not what was sampled from.
+    """
+    device, core, training = actor.device, actor.model, actor.training
+    width = max(len(p.ids) for p in prompts)
+    left = lambda row: F.pad(row, (width - row.shape[-1], 0))  # noqa: E731
+    ids = torch.stack([left(p.ids) for p in prompts]).to(device)  # [B, P]
+    seen = torch.stack([left(torch.ones_like(p.ids)) for p in prompts]).to(device)  # [B, P]
+    positions = torch.stack([left(p.positions) for p in prompts], 1).to(device)  # [3, B, P]
+    deltas = torch.tensor([[p.next_position - len(p.ids)] for p in prompts], device=device)  # [B, 1]
+    pictured = [p for p in prompts if p.pixels is not None]
+    vision = dict(pixel_values=torch.cat([p.pixels for p in pictured]).to(device),
+                  image_grid_thw=torch.cat([p.grid for p in pictured]).to(device)) if pictured else {}  # fmt: skip
+
+    # generate fills whatever it is not told from the checkpoint's generation_config (repetition_penalty 1.05, top_k ...).
+    # So the model gets one for the time being in which nothing is set but what is written here.
+    sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    config = GenerationConfig(**sampling, use_cache=True, eos_token_id=ends, pad_token_id=ends[0], return_dict_in_generate=True)
+    original, actor.generation_config = actor.generation_config, config
+    unwritable, end_ids = unwritable.to(device), torch.tensor(ends, device=device)
+    forbid = lambda _, scores: scores.index_fill(-1, unwritable, -torch.inf)  # noqa: E731
+    actor.eval()  # in training mode, gradient checkpointing would switch the cache off
+    try:
+        cache = DynamicCache(config=actor.config.get_text_config())
+        core(input_ids=ids[:, :-1], attention_mask=seen[:, :-1], position_ids=positions[..., :-1],
+             past_key_values=cache, use_cache=True, **vision)  # fmt: skip  all but the last token, from which generate starts
+        cache.batch_repeat_interleave(n)
+        ids, seen, deltas = (x.repeat_interleave(n, 0) for x in (ids, seen, deltas))  # [B*n, ...]
+        answers, open_rows = [[] for _ in ids], torch.arange(len(ids))
+        for start in range(0, max_tokens, chunk):
+            core.rope_deltas = deltas  # else generate would take those of another batch
+            out = actor.generate(ids, attention_mask=seen, past_key_values=cache, logits_processor=[forbid],
+                                 max_new_tokens=min(chunk, max_tokens - start))  # fmt: skip
+            new = out.sequences[:, ids.shape[1] :]
+            ended = torch.isin(new, end_ids)  # [rows, chunk]
+            for row, tokens, stops in zip(open_rows.tolist(), new.tolist(), ended.tolist()):
+                answers[row] += tokens[: stops.index(True) + 1] if True in stops else tokens
+            stay = (~ended.any(1)).nonzero().flatten()
+            if len(stay) == 0:
+                break
+            cache = out.past_key_values
+            cache.batch_select_indices(stay)
+            ids, deltas, open_rows = out.sequences[stay], deltas[stay], open_rows[stay.cpu()]
+            seen = torch.cat([seen[stay], seen.new_ones(len(stay), new.shape[1])], 1)
+    finally:
+        actor.generation_config, core.rope_deltas = original, None
+        actor.train(training)
+    return [answers[i : i + n] for i in range(0, len(answers), n)]
+
+
+def grade(ids: list[int], problem: Problem, encoder: Encoder, ends: list[int]) -> Trajectory:
+    text = encoder.tokenizer.decode(ids, skip_special_tokens=True)
+    return Trajectory(ids, text, reward(text, problem.answer), finished=ids[-1] in ends)
+
+
+# ===== 7. Experts: answers of a stronger model, cached with the log-probs they were sampled with =======================
+#
+# The cache is JSONL. Line 1 says what the answers belong to; each other line holds one question and some answers to it:
+#   {"question": id, "answers": [{"ids": [...], "logps": [...], "reward": 1.0, "finished": true, "text": "..."}, ...]}
+
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+MISFIT = {
+    "tokenizer": "its token ids belong to another tokenizer; take an expert of the student's family",
+    "prompt": "it answers another prompt; give the --instruction, --min_pixels and --max_pixels it was sampled with, or sample anew",
+    "sampling": "it was not sampled at temperature 1 without truncation, so its log-probs mean something else; sample anew",
+    "model": "it holds another model's answers; give another --experts file, or that --model",
+}
+
+
+def cache_header(cfg: Config, encoder: Encoder) -> dict:
+    return {"tgrl_experts": 1, "model": cfg.model, "data": cfg.data, "split": cfg.split, "sampling": SAMPLING, **encoder.fingerprints()}
+
+
+def flaw(answer: dict, vocabulary: int) -> str | None:
+    """What is wrong with a cached answer, if anything."""
+    ids, logps = answer.get("ids"), answer.get("logps")
+    if not ids or not isinstance(logps, list) or len(ids) != len(logps):
+        return "ids and logps missing or of different length"
+    if not all(isinstance(i, int) and 0 <= i < vocabulary for i in ids):
+        return f"token ids outside the vocabulary of {vocabulary}"
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in logps):
+        return "log-probs that are not finite"
+    return "log-probs above 0" if max(logps) > 1e-3 else None
+
+
+def read_cache(path: Path, wanted: dict, vocabulary: int) -> dict[str, list[Trajectory]]:
+    """Expert answers by question. The header must agree with `wanted`; flawed answers are left out and reported."""
+    lines = path.read_bytes().split(b"\n")
+    try:
+        header = json.loads(lines[0])
+        header["tgrl_experts"]
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{path} is no expert cache: its first line is not the header that `tgrl.py experts` writes") from None
+    for key, value in wanted.items():
+        if header.get(key) != value:
+            raise BadInput(f"{path} does not fit this run: {MISFIT[key]}\n  cache: {key} {header.get(key)}\n  here:  {key} {value}")
+    experts, left_out = collections.defaultdict(list), []
+    for number, line in enumerate(lines[1:-1] + lines[-1:] * bool(lines[-1]), 2):
+        try:
+            record = json.loads(line)
+            for a in record["answers"]:
+                if reason := flaw(a, vocabulary):
+                    left_out.append((number, reason))
+                else:
+                    answer = Trajectory(a["ids"], a["text"], a["reward"], header["model"], a["finished"], behavior_logp=torch.tensor(a["logps"]))
+                    experts[record["question"]].append(answer)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            left_out.append((number, "torn line, as a kill leaves it" if number == len(lines) else "no record of answers"))
+    report_left_out(path, left_out, len(lines), "line")
+    return experts
+
+
+def append_records(path: Path, records: list[dict]):
+    """Whole lines in one locked write, behind the last whole line: processes may append together, and a kill tears at most the end."""
+    with open(path, "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        size = end = file.seek(0, os.SEEK_END)
+        while end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+            end -= 1
+        if end < size:
+            file.truncate(end)
+        file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def coverage(path: Path, experts: dict, problems: list[Problem]) -> str:
+    answers = [experts.get(p.id, []) for p in problems]
+    count, right = sum(map(len, answers)), sum(t.reward for some in answers for t in some)
+    covered = sum(any(t.reward == 1 for t in some) for some in answers)
+    return (f"{path}: {count} answers, {right / max(count, 1):.0%} correct; "
+            f"{covered} of {len(problems)} questions ({covered / len(problems):.0%}) have a correct expert")  # fmt: skip
+
+
+def make_experts(cfg: Config):
+    """Sample `samples` answers a question from a strong model, score and grade them, and append them to the cache."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    set_seed(cfg.seed + rank)
+    model, processor = load_model(cfg.model, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    encoder = Encoder(processor, model, cfg)
+    ends, unwritable = end_tokens(model, encoder.tokenizer), unwritable_tokens(model, encoder.tokenizer)
+    policy = Policy(model, unwritable).to(accelerator.device)
+    problems = list({p.id: p for p in encoder.load(cfg.data, cfg.split)}.values())  # each question once
+
+    path, header = Path(cfg.experts), cache_header(cfg, encoder)
+    if main and not (path.exists() and path.stat().st_size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append_records(path, [header])
+    accelerator.wait_for_everyone()
+    wanted = {key: header[key] for key in MISFIT}
+    experts = read_cache(path, wanted, len(encoder.tokenizer))
+    missing = lambda p: cfg.samples - len(experts.get(p.id, []))  # noqa: E731
+    todo = sorted((p for p in problems if missing(p) > 0), key=lambda p: (missing(p), encoder.length(p)))
+    say(f"{path}: {len(problems) - len(todo)} of {len(problems)} questions have their {cfg.samples} answers")
+    accelerator.wait_for_everyone()  # all have read it before one appends
+
+    bar = tqdm(total=len(todo[rank::world]), unit="question", desc="experts", disable=not main)
+    for n, same in itertools.groupby(todo[rank::world], key=missing):
+        same, size = list(same), max(1, cfg.generate_batch // n)
+        for part in (same[i : i + size] for i in range(0, len(same), size)):
+            prompts = [encoder(p) for p in part]
+            answers = sample(model, prompts, n, max_tokens=cfg.max_answer, ends=ends, unwritable=unwritable)
+            groups = [Group(p, q, [grade(ids, p, encoder, ends) for ids in a]) for p, q, a in zip(part, prompts, answers)]
+            records = []
+            for group, logps in zip(groups, score(policy, groups, cfg.micro_batch)):
+                kept = [dict(ids=t.ids, logps=logp.tolist(), reward=t.reward, finished=t.finished, text=t.text)
+                        for t, logp in zip(group.trajectories, logps)]  # fmt: skip
+                records.append({"question": group.problem.id, "answers": kept})
+            append_records(path, records)
+            bar.update(len(part))
+    bar.close()
+    accelerator.wait_for_everyone()
+    if main:
+        say(coverage(path, read_cache(path, wanted, len(encoder.tokenizer)), problems))
+
+
+# ===== 8. Training ====================================================================================================
+
+
+def shard(policy: Policy, accelerator: Accelerator):
+    """FSDP2: each block, and the root, keep 1/world of their float32 weights, gathered in bfloat16 when they run.
+
+    One process on a CPU has nothing to shard and computes in float32: the same code, minus this call.
+    """
+    if accelerator.num_processes == 1 and accelerator.device.type == "cpu":
+        return
+    import torch.distributed as dist
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if not dist.is_initialized():  # one GPU, started without a launcher: the same path in a world of one
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    compute = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    for block in [*policy.model.model.visual.blocks, *policy.model.model.language_model.layers]:
+        fully_shard(block, mp_policy=precision)
+    fully_shard(policy, mp_policy=precision)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor, gathered (every process gets here); any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class Tally(collections.defaultdict):
+    """Metrics of a step as name -> [sum, count]: they add up over micro-batches, updates and processes."""
+
+    def __init__(self):
+        super().__init__(lambda: [0.0, 0.0])
+
+    def add(self, **pairs):
+        for name, (value, count) in pairs.items():
+            self[name][0] += float(value)
+            self[name][1] += float(count)
+
+
+class Trainer:
+    """The state of a run, and what is done in a step, in this order: draw, roll out, score, update, show."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        if Path(cfg.out, "metrics.jsonl").exists():
+            raise BadInput(f"--out {cfg.out} holds an earlier run; give another folder, or delete that one")
+        try:
+            self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), project_dir=cfg.out,
+                                           log_with=None if cfg.tracker == "none" else cfg.tracker)  # fmt: skip
+        except ValueError as error:
+            raise BadInput(f"--tracker {cfg.tracker}: {error}") from error
+        self.device, self.world, self.rank = self.accelerator.device, self.accelerator.num_processes, self.accelerator.process_index
+        self.main = self.accelerator.is_main_process
+        if cfg.questions_per_update % self.world:
+            raise BadInput(f"--questions_per_update {cfg.questions_per_update} cannot be dealt out evenly to {self.world} processes")
+        set_seed(cfg.seed + self.rank)
+        model, self.processor = load_model(cfg.model)
+        self.encoder = Encoder(self.processor, model, cfg)
+        self.ends, self.unwritable = end_tokens(model, self.encoder.tokenizer), unwritable_tokens(model, self.encoder.tokenizer)
+        self.problems = self.encoder.load(cfg.data, cfg.split)
+        self.held_out = self.encoder.load(cfg.val_data, cfg.val_split) if cfg.val_data else []
+        self.experts = self.load_experts() if cfg.n_off else {}
+        self.build(model)
+        self.steps = cfg.steps or max(1, cfg.epochs * len(self.problems) // cfg.questions_per_rollout)
+        self.position = 0  # questions drawn so far, by all processes
+
+    def load_experts(self) -> dict[str, list[Trajectory]]:
+        path, data = Path(self.cfg.experts), self.cfg.data
+        if not path.exists():
+            make = f"Make it with `tgrl.py experts --data {data} --experts {path}`, or train without experts by --n_off 0."
+            raise BadInput(f"--experts {path} does not exist. {make}")
+        header = cache_header(self.cfg, self.encoder)
+        experts = read_cache(path, {key: header[key] for key in ("tokenizer", "prompt", "sampling")}, len(self.encoder.tokenizer))
+        say(coverage(path, experts, self.problems))
+        if not any(experts.get(p.id) for p in self.problems):
+            raise BadInput(f"{path} answers none of the {len(self.problems)} questions of {data}; was it made for other data?")
+        return experts
+
+    def build(self, model):
+        """Policy, actor, reference, optimizer."""
+        cfg, cuda = self.cfg, self.device.type == "cuda"
+        model.model.visual.requires_grad_(not cfg.freeze_vision)
+        if cfg.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        frozen_copy = lambda: copy.deepcopy(model).to(self.device, torch.bfloat16 if cuda else torch.float32).requires_grad_(False)  # noqa: E731
+        self.reference = Policy(frozen_copy(), self.unwritable).to(self.device) if cfg.kl_coef else None
+        # The actor generates: whole weights in the dtype of computation. One process on a CPU needs no copy of them.
+        self.actor = frozen_copy() if self.world > 1 or cuda else model
+        self.policy = Policy(model, self.unwritable).to(self.device)
+        shard(self.policy, self.accelerator)
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
+
+    @torch.no_grad()
+    def refresh_actor(self):
+        if self.actor is not self.policy.model:
+            for target, source in zip(self.actor.parameters(), self.policy.model.parameters()):
+                target.copy_(whole(source))
+
+    def total(self, *numbers: float) -> list[float]:
+        """Sums over all processes; every process gets here."""
+        return self.accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.device), "sum").tolist()
+
+    # draw
+
+    def draw(self, n: int) -> list[tuple[int, Problem]]:
+        """The next n questions of this process, as (epoch, question): all walk one shuffled list and take turns."""
+        wishes = [int(n) for n in self.total(*(n if rank == self.rank else 0 for rank in range(self.world)))]
+        first = self.position + sum(wishes[: self.rank])
+        self.position += sum(wishes)
+        places = [divmod(place, len(self.problems)) for place in range(first, first + n)]
+        return [(epoch, self.problems[self.order(epoch)[i]]) for epoch, i in places]
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 one trainer a process
+    def order(self, epoch: int) -> list[int]:
+        return random.Random(f"{self.cfg.seed} {epoch}").sample(range(len(self.problems)), len(self.problems))
+
+    # roll out
+
+    def pick_experts(self, problem: Problem, epoch: int) -> list[Trajectory]:
+        """n_off of the cached answers, others in each epoch. Without any, the group is the policy's answers alone."""
+        cached = self.experts.get(problem.id, [])
+        turn = epoch * self.cfg.n_off % max(len(cached), 1)
+        cached = cached[turn:] + cached[:turn]
+        if self.cfg.prefer_correct:
+            cached = sorted(cached, key=lambda t: -t.reward)
+        return [dataclasses.replace(t) for t in cached[: self.cfg.n_off]]
+
+    def roll_out(self, drawn: list[tuple[int, Problem]]) -> list[Group]:
+        """Groups with rewards and advantages: n_on answers of the policy, then the experts'."""
+        groups, size = [], max(1, self.cfg.generate_batch // self.cfg.n_on)
+        for part in (drawn[i : i + size] for i in range(0, len(drawn), size)):
+            prompts = [self.encoder(problem) for _, problem in part]
+            for (epoch, problem), prompt, answers in zip(part, prompts, self.sample(prompts, self.cfg.n_on)):
+                own = [grade(ids, problem, self.encoder, self.ends) for ids in answers]  # Eq. 13
+                groups.append(Group(problem, prompt, own + self.pick_experts(problem, epoch)))  # Eq. 14
+        for group in groups:
+            advantages = group_advantages(torch.tensor([[t.reward for t in group.trajectories]]))  # Eq. 15-16
+            for trajectory, advantage in zip(group.trajectories, advantages[0].tolist()):
+                trajectory.advantage = advantage
+        return groups
+
+    def sample(self, prompts: list[Prompt], n: int, greedy: bool = False) -> list[list[list[int]]]:
+        return sample(self.actor, prompts, n, max_tokens=self.cfg.max_answer, ends=self.ends, unwritable=self.unwritable, greedy=greedy)
+
+    def has_contrast(self, group: Group, with_experts: bool = True) -> bool:
+        """Do the rewards differ among what can teach? A correct expert rescues an all-wrong group; a masked one does not count."""
+        counts = lambda t: not t.is_expert or with_experts and (t.reward == 1 or not self.cfg.filter)  # noqa: E731
+        return len({t.reward for t in group.trajectories if counts(t)}) > 1
+
+    def collect(self, tally: Tally) -> list[Group]:
+        """This process's share of a rollout batch. Dynamic sampling replaces groups without contrast, in at most max_draws draws."""
+        quota, dynamic = self.cfg.questions_per_rollout // self.world, self.cfg.dynamic_sampling
+        drawn, kept, errors = [], [], sum(math_verify.errors.values())
+        for _ in range(self.cfg.max_draws if dynamic else 1):
+            if self.total(quota - len(kept))[0] == 0:  # the same decision everywhere; a process with its quota draws nothing
+                break
+            new = self.roll_out(self.draw(quota - len(kept)))
+            drawn += new
+            kept += [group for group in new if self.has_contrast(group) or not dynamic]
+        filler = [group for group in drawn if dynamic and not self.has_contrast(group)][: quota - len(kept)]
+        for trajectory in (t for group in filler for t in group.trajectories):
+            trajectory.advantage = 0.0  # teaches nothing; keeps the number of forward passes the same on all processes
+
+        for group in drawn:  # metrics are of all that was sampled, kept or not
+            contrast = self.has_contrast(group)
+            tally.add(contrast=(contrast, 1), rescued_by_expert=(contrast and not self.has_contrast(group, with_experts=False), 1))
+            for t in group.trajectories:
+                if t.is_expert:
+                    tally.add(expert_reward=(t.reward, 1))
+                else:
+                    tally.add(reward=(t.reward, 1), answer_tokens=(len(t.ids), 1), cut_off=(not t.finished, 1))
+        errors = sum(math_verify.errors.values()) - errors
+        tally.add(draws=(len(drawn), quota), filler=(len(filler), quota), grader_errors=(errors, len(drawn) * self.cfg.n_on))
+        return kept + filler
+
+    # score
+
+    def set_log_probs(self, groups: list[Group]):
+        """pi_old (and pi_ref) by the forward pass that training uses, before the first update: sampling rounds differently."""
+        wanted = {"ref_logp": self.reference} if self.reference else {}
+        if self.cfg.questions_per_rollout > self.cfg.questions_per_update:  # else logp itself is pi_old, at no cost
+            wanted["behavior_logp"] = self.policy
+        for name, policy in wanted.items():
+            for group, logps in zip(groups, score(policy, groups, self.cfg.micro_batch)):
+                for trajectory, logp in zip(group.trajectories, logps):
+                    if name == "ref_logp" or not trajectory.is_expert:
+                        setattr(trajectory, name, logp)
+
+    # update
+
+    def update(self, groups: list[Group], tally: Tally):
+        """One optimizer update on this process's groups, in micro-batches."""
+        cfg, trajectories = self.cfg, [t for group in groups for t in group.trajectories]
+        sizes = len(trajectories), sum(len(t.ids) for t in trajectories), sum(abs(t.advantage) for t in trajectories)
+        n_trajectories, n_tokens, signal = self.total(*sizes)
+        self.policy.train()
+        for part in (groups[i : i + cfg.micro_batch] for i in range(0, len(groups), cfg.micro_batch)):
+            trajectories = [t for group in part for t in group.trajectories]
+            batch = pack(part, cfg.filter).to(self.device)
+            logp = self.policy(batch)  # [N, T]
+            for t, row in zip(trajectories, logp.detach().cpu()):
+                t.logp = row[: len(t.ids)]
+            unmoved = torch.tensor([t.behavior_logp is None for t in trajectories], device=self.device)[:, None]
+            loss, metrics = tgrl_loss(
+                logp, torch.where(unmoved, logp.detach(), batch.behavior_logp), batch.mask, batch.advantages, batch.is_expert, batch.expert_ok,
+                token_shares(batch.mask, "dapo" if cfg.token_mean else "grpo", n_trajectories, n_tokens),
+                sharpness=cfg.sharpness if cfg.reweight else None, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
+                kl_coef=cfg.kl_coef, ref_logp=batch.ref_logp,
+            )  # fmt: skip
+            (loss * self.world).backward()  # shares are of all processes, but sharded gradients are averaged over them
+            tally.add(**metrics)
+        norm = float(whole(nn.utils.clip_grad_norm_(self.policy.parameters(), cfg.max_grad_norm)))
+        useful = signal > 0 or cfg.kl_coef > 0  # without any advantage, only weight decay and momentum would move
+        if useful and math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        tally.add(grad_norm=(norm, 1), skipped_nonfinite=(not math.isfinite(norm), 1), skipped_no_signal=(not useful, 1))
+
+    # show
+
+    def evaluate(self) -> tuple[float, int]:
+        """Greedy accuracy on the held-out questions, as (right, of how many); each process takes its share of them."""
+        mine, right = self.held_out[self.rank :: self.world], 0.0
+        for part in (mine[i : i + self.cfg.generate_batch] for i in range(0, len(mine), self.cfg.generate_batch)):
+            answers = self.sample([self.encoder(p) for p in part], 1, greedy=True)
+            right += sum(grade(ids, p, self.encoder, self.ends).reward for p, (ids,) in zip(part, answers))
+        return right, len(mine)
+
+    def show(self, step: int, groups: list[Group]):
+        """For eval.py: real groups, with each token's log-probs, weight and coefficient."""
+        sharpness = self.cfg.sharpness if self.cfg.reweight else None
+        for group in groups:
+            images, answers = [], []
+            for picture in self.encoder.pictures(group.problem):
+                picture.thumbnail((448, 448))
+                picture.save(buffer := io.BytesIO(), "PNG")
+                images.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
+            for t in group.trajectories:
+                logp, behavior = t.logp[None], (t.logp if t.behavior_logp is None else t.behavior_logp)[None]  # [1, T]
+                mask, expert, ok = torch.ones_like(logp), torch.tensor([t.is_expert]), torch.tensor([t.reward == 1 or not self.cfg.filter])
+                weight = expert_weights(logp, behavior, mask, sharpness) if t.is_expert and sharpness is not None else mask
+                numbers = dict(logp=logp, behavior_logp=behavior, weight=weight,
+                               coefficient=unified_coefficient(logp, behavior, mask, expert, ok, sharpness))  # fmt: skip
+                answers.append(
+                    dict(text=t.text, reward=t.reward, advantage=t.advantage, source=t.source, finished=t.finished)
+                    | {"tokens": [self.encoder.tokenizer.decode([i]) for i in t.ids]}
+                    | {name: [round(x, 5) for x in row[0].tolist()] for name, row in numbers.items()}
+                )
+            self.write("groups.jsonl", dict(step=step, question=group.problem.question, answer=group.problem.answer, images=images, answers=answers))
+
+    def write(self, name: str, record: dict):
+        if self.main:
+            with open(Path(self.cfg.out, name), "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def report(self, step: int, tally: Tally):
+        """One record a step: to metrics.jsonl, to the tracker, and the gist of it to the terminal."""
+        names = list(tally)
+        sums = self.total(*(tally[name][0] for name in names), *(tally[name][1] for name in names))
+        pairs = zip(names, sums[: len(names)], sums[len(names) :])
+        metrics = {"step": step} | {name: value / count if count and math.isfinite(value) else None for name, value, count in pairs}
+        self.write("metrics.jsonl", metrics)
+        self.accelerator.log({name: value for name, value in metrics.items() if value is not None}, step=step)
+        gist = dict(accuracy="held-out {:.1%}", reward="reward {:.3f}", expert_reward="expert {:.2f}", contrast="contrast {:.0%}",
+                    entropy="entropy {:.3f}", grad_norm="grad {:.2f}", answer_tokens="tokens {:.0f}", seconds="{:.1f} s")  # fmt: skip
+        say("  ".join([f"step {step:>3}/{self.steps}", *(text.format(metrics[n]) for n, text in gist.items() if metrics.get(n) is not None)]))
+        return metrics
+
+    # the loop
+
+    def header(self) -> dict:
+        """The first record of metrics.jsonl: what the numbers below it depend on."""
+        packages = ("torch", "transformers", "accelerate", "qwen-vl-utils", "math-verify", "datasets")
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        versions = {name: importlib.metadata.version(name) for name in packages} | {"python": sys.version.split()[0], "git": git or None}
+        versions["tgrl.py"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        data = dict(questions=len(self.problems), held_out=len(self.held_out), with_expert=sum(bool(self.experts.get(p.id)) for p in self.problems))
+        return dict(config=dataclasses.asdict(self.cfg), versions=versions, data=data, processes=self.world)
+
+    def fit(self) -> dict:
+        cfg, share = self.cfg, self.cfg.questions_per_update // self.world
+        if self.main:
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        self.write("metrics.jsonl", self.header())
+        self.accelerator.init_trackers("tgrl", {name: value for name, value in dataclasses.asdict(cfg).items() if value is not None})
+        name = ("TGRL-" if cfg.n_off else "") + cfg.algorithm.upper()
+        bar = tqdm(total=self.steps, desc=name, unit="step", disable=not self.main)
+        for step in range(self.steps + 1):  # record `step` holds the accuracy before this step's update; the last holds nothing else
+            tally = Tally()
+            self.refresh_actor()
+            if self.held_out and (step % cfg.eval_every == 0 or step == self.steps):
+                tally.add(accuracy=self.evaluate())
+            if step < self.steps:
+                start = time.perf_counter()
+                groups = self.collect(tally)
+                rolled = time.perf_counter()
+                self.set_log_probs(groups)
+                for i in range(0, len(groups), share):
+                    self.update(groups[i : i + share], tally)
+                tally.add(seconds=(time.perf_counter() - start, 1), seconds_rollout=(rolled - start, 1))
+                if step % cfg.show_every == 0 or step == self.steps - 1:
+                    self.show(step, groups[:4])
+                bar.update()
+            metrics = self.report(step, tally)
+        bar.close()
+        if self.main:  # the actor holds the whole weights, just refreshed
+            self.actor.save_pretrained(Path(cfg.out, "model"))
+            self.processor.save_pretrained(Path(cfg.out, "model"))
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return metrics
+
+
+def train(cfg: Config) -> dict:
+    return Trainer(cfg).fit()
+
+
+# ===== 9. The toy world: everything above, tiny and real, on a CPU =====================================================
+#
+# A picture shows a w x h grid; asked is its area plus its edge. An answer reads the two sides off the picture (perception)
+# and then takes three steps (transitions), each by its right rule or a wrong one. The expert mostly follows the right ones.
+# The student sees as well as the expert, but nearly always goes wrong on the way from what it sees to the answer, which is
+# the failure of Fig. 1 (B): by itself it is right about once in 300 answers, so that exploration alone is slow.
+
+TOY_QUESTION = "<image>What is the area of the grid plus the length of its edge?"
+TOY_SIDES = range(1, 8)
+TOY_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def toy_row(rng: random.Random, w: int, h: int) -> dict:
+    """A question in the schema of hiyouga/geometry3k."""
+    cell, x, y = 7, rng.randint(0, 3), rng.randint(0, 3)
+    image, ink = Image.new("RGB", (56, 56), "white"), tuple(rng.randint(0, 110) for _ in "rgb")
+    for i, j in itertools.product(range(w), range(h)):
+        box = [x + i * cell + 1, y + j * cell + 1, x + i * cell + 6, y + j * cell + 6]
+        ImageDraw.Draw(image).rectangle(box, ink)
+    return {"images": [image], "problem": TOY_QUESTION, "answer": str(w * h + 2 * (w + h))}
+
+
+def toy_answer(rng: random.Random, w: int, h: int, p_right: float) -> str:
+    """Two readings, and three transitions, each right with probability p_right."""
+    right = lambda: rng.random() < p_right  # noqa: E731
+    a, area = ("*", w * h) if right() else ("+", w + h)
+    e, edge = (2, 2 * (w + h)) if right() else (1, w + h)
+    t, total = ("+", area + edge) if right() else ("-", area - edge)
+    return (f"<think>width {w}, height {h}. area = {w}{a}{h} = {area}. edge = {e}*{w + h} = {edge}. "
+            f"total = {area}{t}{edge} = {total}</think>\\boxed{{{total}}}")  # fmt: skip
+
+
+def toy_processor(instruction: str):
+    """A byte-level BPE with Qwen's special tokens and one token a digit, and Qwen2.5-VL's own image processor."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    special = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")]
+    texts = [toy_answer(random.Random(i), w, h, 0.5) for i, (w, h) in enumerate(itertools.product(TOY_SIDES, TOY_SIDES))]
+    texts.append(f"user\n{TOY_QUESTION.replace(PLACEHOLDER, '')} {instruction}\nassistant\n")
+    bpe = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(r"\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s+"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=384, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=special)
+    return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=TOY_TEMPLATE)
+
+
+def tiny_model(tokenizer, hidden: int = 128, layers: int = 3, vision_layers: int = 2):
+    """The real Qwen2.5-VL classes with a small configuration and random weights."""
+    shape = dict(hidden_size=hidden, intermediate_size=2 * hidden, initializer_range=0.06)
+    text = dict(**shape, vocab_size=len(tokenizer), num_hidden_layers=layers, num_attention_heads=hidden // 32, num_key_value_heads=max(1, hidden // 64),
+                rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]), max_position_embeddings=4096,
+                bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    vision = dict(**shape, depth=vision_layers, num_heads=hidden // 32, out_hidden_size=hidden, fullatt_block_indexes=[vision_layers - 1])
+    names = dict(image="image_pad", video="video_pad", vision_start="vision_start", vision_end="vision_end")
+    tokens = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()}
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return model
+
+
+def teach(policy: Policy, encoder: Encoder, pool: list, p_right: float, steps: int, lr: float, rng: random.Random, name: str):
+    """Supervised warm-up: each step 16 grids, 4 answers to each, each transition right with probability p_right."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    end = encoder.tokenizer.eos_token_id
+    policy.train()
+    for _ in tqdm(range(steps), desc=name, unit="step"):
+        groups = []
+        for w, h, problem, prompt in rng.sample(pool, 16):
+            texts = [toy_answer(rng, w, h, p_right) for _ in range(4)]
+            groups.append(Group(problem, prompt, [Trajectory(encoder.tokenizer(text).input_ids + [end], text, 0.0) for text in texts]))
+        batch = pack(groups)
+        loss = -policy(batch).sum() / batch.mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def toy_world(folder: Path, cfg: Config):
+    """Questions as parquet files, and an expert and a student that share one warmed-up base; made once, then kept."""
+    import datasets
+
+    if (folder / "student" / "config.json").exists():
+        return
+    set_seed(0)
+    rng, processor = random.Random(0), toy_processor(cfg.instruction)
+    model = tiny_model(processor.tokenizer)
+    encoder, sides = Encoder(processor, model, cfg), list(itertools.product(TOY_SIDES, TOY_SIDES))
+    columns = datasets.Features(images=[datasets.Image()], problem=datasets.Value("string"), answer=datasets.Value("string"))
+    for name, size in (("train", 192), ("test", 192)):
+        datasets.Dataset.from_list([toy_row(rng, *rng.choice(sides)) for _ in range(size)], columns).to_parquet(folder / f"{name}.parquet")
+    pool = []
+    for w, h in rng.choices(sides, k=400):
+        problem = read_problem(toy_row(rng, w, h), folder)
+        pool.append((w, h, problem, encoder(problem)))
+    for name, p_right, steps, lr in (("base", 0.5, 200, 2e-3), ("expert", 0.97, 60, 1e-3), ("student", 0.15, 60, 1e-3)):
+        if name != "base":
+            model, _ = load_model(folder / "base")
+        teach(Policy(model, unwritable_tokens(model, processor.tokenizer)), encoder, pool, p_right, steps, lr, rng, f"warm-up, {name}")
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+
+
+def toy(cfg: Config):
+    """Warm up two models, sample experts, train without and with them, and compare on held-out pictures."""
+    out, start = Path(cfg.out), time.perf_counter()
+    world = out / "world"
+    toy_world(world, cfg)
+    cfg = dataclasses.replace(cfg, model=f"{world}/expert", data=f"{world}/train.parquet", val_data=f"{world}/test.parquet", experts=f"{out}/experts.jsonl")
+    make_experts(cfg)
+    accuracy, answers = {}, cfg.n_on + cfg.n_off
+    for n_off in (0, cfg.n_off):
+        name = ("TGRL-" if n_off else "") + cfg.algorithm.upper()
+        shutil.rmtree(out / name, ignore_errors=True)  # of an earlier toy
+        accuracy[name] = train(dataclasses.replace(cfg, model=f"{world}/student", out=f"{out}/{name}", n_on=answers - n_off, n_off=n_off))["accuracy"]
+    from eval import show  # the other file; here, because it is not needed to train
+
+    print(f"\nHeld-out greedy accuracy after {cfg.steps} steps of {cfg.questions_per_rollout} questions, {answers} answers each:")
+    for name, value in accuracy.items():
+        print(f"  {name:10} {value:6.1%}")
+    show([out / name for name in accuracy])
+    print(f"{time.perf_counter() - start:.0f} seconds in all")
+
+
+# ===== The command line ===============================================================================================
+
+TOY = dict(out="runs/toy", steps=24, lr=1e-4, questions_per_rollout=24, questions_per_update=24, micro_batch=8, generate_batch=192,
+           samples=2, max_draws=2, eval_every=4, show_every=6, min_pixels=56 * 56, max_pixels=56 * 56, max_answer=80,
+           instruction="Think first.", checkpointing=False)  # fmt: skip
+COMMANDS = {"toy": (toy, TOY), "experts": (make_experts, {"model": "Qwen/Qwen2.5-VL-32B-Instruct"}), "train": (train, {})}
+
+
+def parse(argv: list[str]) -> tuple[str, Config]:
+    description = __doc__.split("\n\nA question")[0]
+    parser = argparse.ArgumentParser("tgrl.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs="?", default="toy", choices=COMMANDS, help="what to do (default: toy)")
+    for f in dataclasses.fields(Config):
+        kind = next(t for t in (*typing.get_args(f.type), f.type) if t is not type(None))
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
+        default = "by algorithm" if f.default is None else repr(f.default)
+        parser.add_argument(f"--{f.name}", **how, default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    command = given.pop("command")
+    return command, Config(**COMMANDS[command][1] | given)
+
+
+def main():
+    try:
+        command, cfg = parse(sys.argv[1:])
+        COMMANDS[command][0](cfg)
+    except BadInput as error:
+        sys.exit(f"tgrl.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
