@@ -26,12 +26,25 @@ from accelerate.utils import set_seed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 import tgrl
 from eval import show
-from tgrl import BadInput, Config, _MathVerify, expert_weights, extract_boxed, group_advantages, is_equivalent, math_verify, reward, tgrl_loss, token_shares, unified_coefficient  # fmt: skip
-
+from tgrl import (  # fmt: skip
+    BadInput,
+    Config,
+    _MathVerify,
+    expert_weights,
+    extract_boxed,
+    group_advantages,
+    is_equivalent,
+    math_verify,
+    reward,
+    tgrl_loss,
+    token_shares,
+    unified_coefficient,
+)
 
 # ===== The loss, against the paper's equations as plain loops ==========================================================
 
@@ -730,10 +743,13 @@ def world():
     processor = tgrl.toy_processor(cfg.instruction)
     model = tgrl.tiny_model(processor.tokenizer, hidden=64, layers=2, vision_layers=2).eval()
     encoder = tgrl.Encoder(processor, model, cfg)
-    unwritable = tgrl.unwritable_tokens(model, encoder.tokenizer)
-    ends = tgrl.end_tokens(model, encoder.tokenizer)
-    return SimpleNamespace(cfg=cfg, processor=processor, model=model, encoder=encoder, unwritable=unwritable, ends=ends,
-                           policy=tgrl.Policy(model, unwritable).eval())  # fmt: skip
+    policy = tgrl.Policy(model, encoder.unwritable).eval()
+    return SimpleNamespace(cfg=cfg, processor=processor, model=model, encoder=encoder, policy=policy)
+
+
+def sample(world, prompts, n, max_tokens, **options):
+    world.encoder.cfg = dataclasses.replace(world.cfg, max_answer=max_tokens)
+    return tgrl.sample(world.model, world.encoder, prompts, n, **options)
 
 
 def make_problem(seed=0, sizes=((56, 56),), question="How many?"):
@@ -750,7 +766,7 @@ def make_groups(world, n_groups=3, n_answers=4, seed=0, experts=True):
         problem = make_problem(seed + g, shapes[g % 4], "Which? " * (1 + g))
         answers = []
         for i in range(n_answers):
-            ids = [rng.randrange(10, 300) for _ in range(rng.choice([0, 3, 8, 13]) if i else 0)] + [world.ends[-1]]
+            ids = [rng.randrange(10, 300) for _ in range(rng.choice([0, 3, 8, 13]) if i else 0)] + [world.encoder.ends[-1]]
             right = float(rng.random() < 0.5)
             expert = experts and i == n_answers - 1
             answers.append(tgrl.Trajectory(ids, "", right, "expert" if expert else "policy", behavior_logp=-3 * torch.rand(len(ids))))
@@ -766,7 +782,7 @@ def separate_logp(world, group, answer):
     types = (row == world.model.config.image_token_id).int()
     world.model.model.rope_deltas = None
     logits = world.model(input_ids=row, attention_mask=torch.ones_like(row), mm_token_type_ids=types, **vision).logits[0]
-    logits = logits[len(prompt.ids) - 1 : -1].index_fill(-1, world.unwritable, -torch.inf)
+    logits = logits[len(prompt.ids) - 1 : -1].index_fill(-1, world.encoder.unwritable, -torch.inf)
     return logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
 
 
@@ -824,6 +840,15 @@ def test_gradient_checkpointing_changes_nothing(world):
     assert torch.allclose(*grads, rtol=1e-5, atol=1e-6)
 
 
+def test_a_copy_in_bfloat16_counts_positions_as_the_original(world):
+    twin = tgrl.frozen_copy(world.model, torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in twin.parameters())
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in world.model.parameters())
+    buffers = dict(world.model.named_buffers())
+    assert buffers and all(torch.equal(buffer, buffers[name]) for name, buffer in twin.named_buffers())
+    assert all(torch.equal(q, p.bfloat16()) for p, q in zip(world.model.parameters(), twin.parameters()))
+
+
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo"])
 def test_gradient_does_not_depend_on_the_split(world, algorithm):
     """The whole way from groups to gradients, in micro-batches of 1, 2, 4 and 8 groups."""
@@ -859,7 +884,7 @@ def test_rollout_log_probs_are_training_log_probs(world):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world.model, "generate", generate)
-        ids = tgrl.sample(world.model, [group.prompt], 6, max_tokens=20, ends=world.ends, unwritable=world.unwritable, chunk=64)[0]
+        ids = sample(world, [group.prompt], 6, 20, chunk=64)[0]
     group.trajectories = [tgrl.Trajectory(a, "", 0.0) for a in ids]
     for row, (answer, logp) in enumerate(zip(ids, tgrl.score(world.policy, [group], 1)[0])):
         sampled = torch.stack([seen[t][row, token] for t, token in enumerate(answer)])
@@ -870,15 +895,15 @@ def test_rollout_log_probs_are_training_log_probs(world):
 def test_greedy_rollout_equals_plain_generate(world, chunk):
     """Prefilled once, left-padded beside others, in chunks that finished answers leave: the same tokens as one question at a time."""
     groups = make_groups(world, 4)
-    rolled = tgrl.sample(world.model, [g.prompt for g in groups], 2, max_tokens=12, ends=world.ends, unwritable=world.unwritable, greedy=True, chunk=chunk)
+    rolled = sample(world, [g.prompt for g in groups], 2, 12, greedy=True, chunk=chunk)
     for group, (first, second) in zip(groups, rolled):
         p = group.prompt
         vision = {} if p.pixels is None else dict(pixel_values=p.pixels, image_grid_thw=p.grid)
         out = world.model.generate(input_ids=p.ids[None], attention_mask=torch.ones_like(p.ids)[None], max_new_tokens=12, do_sample=False,
                                    mm_token_type_ids=(p.ids == world.model.config.image_token_id).int()[None],
-                                   suppress_tokens=world.unwritable.tolist(), eos_token_id=world.ends, pad_token_id=0, **vision)  # fmt: skip
+                                   suppress_tokens=world.encoder.unwritable.tolist(), eos_token_id=world.encoder.ends, pad_token_id=0, **vision)  # fmt: skip
         plain = out[0, len(p.ids) :].tolist()
-        stop = next((i + 1 for i, token in enumerate(plain) if token in world.ends), 12)
+        stop = next((i + 1 for i, token in enumerate(plain) if token in world.encoder.ends), 12)
         assert first == second == plain[:stop]
 
 
@@ -887,7 +912,7 @@ def test_sampling_ignores_the_generation_config_of_the_checkpoint(world, monkeyp
     hostile = GenerationConfig(do_sample=True, top_k=1, temperature=0.01, repetition_penalty=5.0, min_new_tokens=9, suppress_tokens=list(range(20, 330)))
     monkeypatch.setattr(world.model, "generation_config", hostile)
     prompt = make_groups(world, 1)[0].prompt
-    answers = tgrl.sample(world.model, [prompt], 8, max_tokens=8, ends=world.ends, unwritable=world.unwritable)[0]
+    answers = sample(world, [prompt], 8, 8)[0]
     assert len({tuple(a) for a in answers}) > 4 and any(20 <= token for a in answers for token in a)
     assert world.model.generation_config is hostile
 
@@ -898,7 +923,7 @@ def test_vision_tokens_are_never_sampled(world):
     prompt = make_groups(world, 1)[0].prompt
     want = head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([image_token]), 1e4))
     try:
-        answers = tgrl.sample(world.model, [prompt], 4, max_tokens=6, ends=world.ends, unwritable=world.unwritable)[0]
+        answers = sample(world, [prompt], 4, 6)[0]
         assert image_token not in {token for a in answers for token in a}
         group = tgrl.Group(None, prompt, [tgrl.Trajectory(a, "", 0.0) for a in answers])
         assert all(logp.isfinite().all() for logp in tgrl.score(world.policy, [group], 1)[0])
@@ -908,9 +933,9 @@ def test_vision_tokens_are_never_sampled(world):
 
 def test_answers_end_at_the_first_end_token_and_it_counts(world):
     prompt = make_groups(world, 1)[0].prompt
-    for end in world.ends:  # <|endoftext|> is padding and an end token as well
+    for end in world.encoder.ends:  # <|endoftext|> is padding and an end token as well
         want = world.model.lm_head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([end]), 1e4))
-        answers = tgrl.sample(world.model, [prompt], 3, max_tokens=6, ends=world.ends, unwritable=world.unwritable)[0]
+        answers = sample(world, [prompt], 3, 6)[0]
         want.remove()
         assert answers == [[end]] * 3
     batch = tgrl.pack([tgrl.Group(None, prompt, [tgrl.Trajectory(a, "", 0.0) for a in answers])])
@@ -1107,17 +1132,18 @@ def test_a_foreign_cache_is_refused(folder, tmp_path, key, value, words):
     assert path.read_text() == before
 
 
-def test_flawed_answers_are_left_out_one_by_one(tmp_path, capsys):
+def test_flawed_answers_are_left_out_one_by_one(world, tmp_path, capsys):
     good = dict(ids=[1, 2], logps=[-0.5, -0.1], reward=1.0, finished=True, text="")
-    flawed = [good | {"logps": [float("nan"), -1.0]}, good | {"logps": [0.5, -1.0]}, good | {"ids": [1, 999]}, good | {"logps": [-1.0]}]
+    flawed = [good | {"logps": [float("nan"), -1.0]}, good | {"logps": [0.5, -1.0]}, good | {"ids": [1, 999]}, good | {"logps": [-1.0]},
+              good | {"ids": [1, world.model.config.image_token_id]}]  # fmt: skip
     path = tmp_path / "experts.jsonl"
     lines = [{"tgrl_experts": 1, "model": "m"}, {"question": "a", "answers": [good]}, *({"question": "a", "answers": [f]} for f in flawed)]
     path.write_text("\n".join(map(json.dumps, lines)) + '\n{"no": "answers"}\n{"question": "b", "ans')
-    experts = tgrl.read_cache(path, {}, 100)
+    experts = tgrl.read_cache(path, {}, world.encoder)
     assert {q: len(a) for q, a in experts.items()} == {"a": 1} and experts["a"][0].is_expert
     said = capsys.readouterr().out
-    for words in ("not finite: line 3", "above 0: line 4", "outside the vocabulary of 100: line 5", "different length: line 6",
-                  "no record of answers: line 7", "torn line, as a kill leaves it: line 8"):  # fmt: skip
+    for words in ("not finite: line 3", "above 0: line 4", "outside the vocabulary: line 5, 7", "different length: line 6",
+                  "no record of answers: line 8", "torn line, as a kill leaves it: line 9", "7 of 8 answers left out"):  # fmt: skip
         assert words in said, words
 
 
@@ -1164,7 +1190,7 @@ def test_every_row_of_table_1_trains(folder, tmp_path, algorithm, row):
     assert header["config"]["algorithm"] == algorithm and header["versions"]["torch"] and header["data"]["questions"] == 6
     assert [r["step"] for r in records] == list(range(cfg.steps + 1)) and "accuracy" in records[-1]
     assert all(math.isfinite(records[0][key]) for key in ("reward", "entropy", "grad_norm", "objective", "ratio", "seconds"))
-    assert ("kl" in records[0]) == (algorithm == "grpo") and ("expert_reward" in records[0]) == (row != "w/o Expert")
+    assert ("kl" in records[0]) == (algorithm == "grpo") and (records[0]["expert_reward"] is None) == (row == "w/o Expert")
     after = dict(tgrl.load_model(str(out / "model"))[0].named_parameters())
     still = [name for name, p in after.items() if torch.equal(p, before[name])]
     assert not still, still
@@ -1249,6 +1275,113 @@ def test_no_signal_no_step(folder, tmp_path):
     before = [p.clone() for p in trainer.policy.parameters()]
     trainer.update(groups, tally := tgrl.Tally())
     assert tally["skipped_no_signal"] == [1, 1] and all(map(torch.equal, before, trainer.policy.parameters()))
+
+
+# ===== Several processes, and continuing ===============================================================================
+
+
+def worker(job: str, options: dict, result: str):
+    """What torchrun starts below, on each process: real Trainer, real sharding, real rollouts."""
+    tgrl.reward = lambda text, answer: float(len(text) % 2)  # a random model is never right; this gives groups with contrast
+    trainer = tgrl.Trainer(Config(**options))
+    if job == "fit":
+        return trainer.fit()
+    world = SimpleNamespace(encoder=trainer.encoder)
+    torch.manual_seed(0)
+    groups = make_groups(world, 8, seed=5)  # among them questions without a picture, and with two
+    for group in groups:
+        for i, t in enumerate(group.trajectories):
+            t.advantage, t.reward = (1.0, -0.5, 0.25, 1.5)[i], 1.0
+            t.behavior_logp, t.ref_logp = -3 * torch.rand(len(t.ids)), -3 * torch.rand(len(t.ids))
+    gradients = []
+    parameters = [p for p in trainer.policy.parameters() if p.requires_grad]
+    keep = lambda *_: gradients.append(torch.cat([tgrl.whole(p.grad).flatten() for p in parameters]))  # noqa: E731
+    trainer.optimizer.register_step_pre_hook(keep)
+    for _ in range(3):
+        trainer.update(groups[trainer.rank :: trainer.world], tally := tgrl.Tally())
+    local = lambda x: (x.to_local() if hasattr(x, "to_local") else x).numel()  # noqa: E731
+    sizes = [sum(map(local, parameters)), sum(local(s["exp_avg"]) for s in trainer.optimizer.state.values())]
+    sizes = torch.tensor(sizes) / sum(p.numel() for p in parameters)
+    weights = torch.cat([tgrl.whole(p).flatten() for p in parameters])
+    trainer.refresh_actor()
+    assert torch.equal(weights, torch.cat([p.flatten() for p in trainer.actor.parameters()]))
+    buffers = [dict(model.named_buffers()) for model in (trainer.actor, trainer.policy.model)]
+    assert all(torch.equal(buffers[0][name], buffer) for name, buffer in buffers[1].items())
+    means = torch.tensor([sum(trainer.total(value)) / sum(trainer.total(count)) for value, count in tally.values()])
+    save_file(dict(gradients=torch.stack(gradients), weights=weights, sizes=sizes, means=means), f"{result}.{trainer.rank}")
+
+
+def torchrun(processes: int, job: str, options: dict, result: str = "", wait: bool = True):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*command, __file__, job, json.dumps(options), str(result)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    if wait:
+        process.communicated = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, process.communicated
+    return process
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo"])
+def test_any_number_of_processes_gives_the_same_update(folder, tmp_path, algorithm):
+    """FSDP2 on gloo: gradients and weights after three updates, and each process keeps its share of weights and optimizer."""
+    results = {}
+    for world in (1, 2, 4) if algorithm == "grpo" else (1, 2):
+        options = folder.options | dict(algorithm=algorithm, out=str(tmp_path / str(world)), questions_per_rollout=8, questions_per_update=8, lr=1e-4)
+        torchrun(world, "update", options, tmp_path / f"result{world}")
+        results[world] = load_file(tmp_path / f"result{world}.{world - 1}")
+        assert results[world]["sizes"].max() < 1.1 / world
+    for world, r in results.items():
+        for got, want in zip(r["gradients"], results[1]["gradients"]):
+            assert want.norm() > 1e-3 and (got - want).norm() <= 1e-6 * want.norm(), world
+        assert (r["weights"] - results[1]["weights"]).norm() <= 1e-6 * r["weights"].norm()
+        assert torch.allclose(r["means"], results[1]["means"], rtol=1e-4)
+
+
+def same_runs(a: Path, b: Path):
+    """Bit for bit, but for the clock."""
+    for first, second in zip(read_metrics(a)[1:], read_metrics(b)[1:], strict=True):
+        assert {k: v for k, v in first.items() if "seconds" not in k} == {k: v for k, v in second.items() if "seconds" not in k}
+    assert [g["step"] for g in map(json.loads, open(a / "groups.jsonl"))] == [g["step"] for g in map(json.loads, open(b / "groups.jsonl"))]
+    first, second = (load_file(run / "model" / "model.safetensors") for run in (a, b))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_continues_bit_for_bit(folder, tmp_path, processes):
+    """Six steps; against them a run killed by SIGKILL after some steps, and continued."""
+    options = folder.options | dict(steps=6, save_every=2, lr=1e-3, algorithm="grpo", val_data=folder.options["data"], eval_every=3)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    torchrun(processes, "fit", options | dict(out=str(whole)))
+    process = torchrun(processes, "fit", options | dict(out=str(killed)), wait=False)
+    while process.poll() is None and not (killed / "checkpoints" / "000002").exists():
+        time.sleep(0.01)
+    time.sleep(random.random())
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() != 0, "the run was over before the kill"
+    torchrun(processes, "fit", options | dict(out=str(killed), resume=True))
+    assert len(read_metrics(whole)) == 8
+    same_runs(whole, killed)
+    moved = [r["grad_norm"] for r in read_metrics(whole)[1:-1]]
+    assert all(moved), "the comparison needs gradients"
+
+
+def test_a_run_continues_on_more_and_on_fewer_processes_and_past_a_damaged_checkpoint(folder, tmp_path):
+    options = folder.options | dict(out=str(tmp_path), steps=2, save_every=2, lr=1e-3, algorithm="grpo", keep=2)
+    torchrun(2, "fit", options)
+    for processes, steps in ((1, 4), (4, 6)):
+        options |= dict(steps=steps, resume=True, questions_per_update=4)
+        torchrun(processes, "fit", options)
+    assert [r["step"] for r in read_metrics(tmp_path)[1:]] == list(range(7))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["000004", "000006"]  # the last two are kept
+    damaged = tmp_path / "checkpoints" / "000006"
+    next(damaged.glob("*.distcp")).write_bytes(b"")
+    assert "000006 is damaged" in torchrun(1, "fit", options).communicated
+    assert [r["step"] for r in read_metrics(tmp_path)[1:]] == list(range(7))
+    for folder in (tmp_path / "checkpoints").iterdir():
+        (folder / "run.json").write_text("{")
+    with pytest.raises(BadInput, match="nothing whole to continue from"):
+        tgrl.Trainer(Config(**options)).fit()
 
 
 # ===== The command line, the README, the shape of the file =============================================================
@@ -1350,3 +1483,7 @@ def test_every_equation_is_on_its_line_and_in_the_readme():
             assert any(int(number) in r for r in ranges), f"{name} has no # Eq. {number}"
     for name in re.findall(r"--(?:no-)?(\w+)", readme):
         assert name in {f.name for f in dataclasses.fields(Config)} | {"nproc", "help", "nnodes", "num_processes"}, name
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])

@@ -26,6 +26,7 @@ import base64
 import collections
 import copy
 import dataclasses
+import datetime
 import fcntl
 import functools
 import hashlib
@@ -78,7 +79,7 @@ class Config:
     experts: str = option("experts.jsonl", "cache of expert answers: written by experts, read by train when n_off > 0")
     val_data: str = option("", "held-out questions for greedy accuracy during training; empty: none")
     val_split: str = option("test", "split of val_data")
-    out: str = option("runs/train", "folder of the run: metrics.jsonl, groups.jsonl, the trained model")
+    out: str = option("runs/train", "folder of the run: metrics.jsonl, groups.jsonl, checkpoints, the trained model")
     # the question as the model sees it
     instruction: str = option(THINK, "appended to each question [asks for what EasyR1's asks, in our words]")
     min_pixels: int = option(262144, "smaller pictures are enlarged to this many pixels [EasyR1]")
@@ -116,8 +117,11 @@ class Config:
     # what is shown and kept
     eval_every: int = option(5, "steps between greedy evaluations on val_data [EasyR1]")
     show_every: int = option(10, "steps between groups recorded for groups.html")
+    save_every: int = option(5, "steps between checkpoints to continue from; 0: none [EasyR1]")
+    keep: int = option(3, "checkpoints kept [EasyR1]")
+    resume: bool = option(False, "continue the run in --out from its newest whole checkpoint")
     tracker: str = option("tensorboard", "any tracker accelerate knows (tensorboard, wandb, ...), or none")
-    limit: int = option(0, "use only the first so many questions; 0: all")
+    limit: int = option(0, "use only the first so many rows, of data and of val_data; 0: all")
     seed: int = option(1, "of data order and sampling [EasyR1]")
 
     BY_ALGORITHM: typing.ClassVar = {
@@ -132,7 +136,8 @@ class Config:
         for name, value in self.BY_ALGORITHM[self.algorithm].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for name in ("n_on", "questions_per_update", "micro_batch", "generate_batch", "max_answer", "max_draws", "samples"):
+        for name in ("n_on", "questions_per_rollout", "questions_per_update", "micro_batch", "generate_batch", "max_prompt", "max_answer",
+                     "max_draws", "samples", "eval_every", "show_every", "keep"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.n_off < 0 or self.n_on + self.n_off < 2:
@@ -375,13 +380,19 @@ def tgrl_loss(logp: Tensor, behavior_logp: Tensor, mask: Tensor, advantages: Ten
 # ===== 4. Questions and prompts =======================================================================================
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+import torch.distributed.checkpoint as dcp  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
-from accelerate.utils import set_seed  # noqa: E402
+from accelerate.utils import InitProcessGroupKwargs, set_seed  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 from qwen_vl_utils import fetch_image, smart_resize  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+import transformers  # noqa: E402
 from transformers import AutoConfig, AutoProcessor, DynamicCache, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
 
+transformers.utils.logging.disable_progress_bar()  # of loading and saving; ours show what takes long
 PATCH, MERGED = 14, 28  # Qwen2.5-VL: a patch is 14 pixels wide; 2 x 2 of them become one token
 PLACEHOLDER = "<image>"
 
@@ -409,9 +420,7 @@ def picture_bytes(source, root: Path) -> bytes:
         return buffer.getvalue()
     if isinstance(source, str):
         return (root / source).read_bytes()
-    if not isinstance(source, bytes):
-        raise BadInput(f"a picture is given as {type(source).__name__}, not as PIL image, bytes or path")
-    return source
+    return bytes(source)
 
 
 def open_picture(data: bytes) -> Image.Image:
@@ -475,13 +484,13 @@ def read_rows(source: str, split: str) -> typing.Iterator[dict]:
         yield from batch.to_pylist()
 
 
-def report_left_out(source, left_out: list[tuple[int, str]], total: int, unit: str = "row"):
-    """(number, reason) pairs -> one message, a line a reason."""
+def report_left_out(source, left_out: list[tuple[int, str]], total: int, unit: str = "row", place: str = ""):
+    """(number, reason) pairs -> one message, a line a reason; the numbers are those of a unit, or of its place."""
     if left_out:
         say(f"{source}: {len(left_out)} of {total} {unit}s left out")
     for reason, same in itertools.groupby(sorted(left_out, key=lambda x: (x[1], x[0])), key=lambda x: x[1]):
         numbers = [str(number) for number, _ in same]
-        say(f"  {reason}: {unit} {', '.join(numbers[:8])}" + f" and {len(numbers) - 8} more" * (len(numbers) > 8))
+        say(f"  {reason}: {place or unit} {', '.join(numbers[:8])}" + f" and {len(numbers) - 8} more" * (len(numbers) > 8))
 
 
 def load_problems(source: str, split: str = "train", image_root: str = "", limit: int = 0) -> list[Problem]:
@@ -520,12 +529,30 @@ class Prompt:
         return int(self.positions.max()) + 1
 
 
+def end_tokens(model, tokenizer) -> list[int]:
+    """Every token that ends an answer; Qwen has two, one of which, <|endoftext|>, is the padding as well."""
+    ends = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])})
+
+
+def unwritable_tokens(model, tokenizer) -> Tensor:
+    """Ids no answer may hold: vision tokens, which would crash the next forward, and rows beyond the vocabulary.
+
+    They are left out of the softmax wherever a log-prob is taken, so that it is the one that was sampled from; and models
+    of one family that differ only in padding rows (151936 at 3B, 152064 at 32B) get the same support.
+    """
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    beyond = range(len(tokenizer), model.get_output_embeddings().out_features)
+    return torch.tensor(sorted({getattr(model.config, name) for name in names}.union(beyond)))
+
+
 class Encoder:
     """Question -> prompt, the same way for rollouts, experts, training and evaluation."""
 
     def __init__(self, processor, model, cfg: Config):
         self.processor, self.tokenizer, self.cfg = processor, processor.tokenizer, cfg
         self.rope_index = model.model.get_rope_index
+        self.ends, self.unwritable = end_tokens(model, self.tokenizer), unwritable_tokens(model, self.tokenizer)
 
     def text(self, problem: Problem) -> str:
         """The chat, with one image token a picture."""
@@ -585,23 +612,6 @@ def load_model(name: str, dtype=torch.float32):
         return model, AutoProcessor.from_pretrained(name)
     except OSError as error:
         raise BadInput(f"cannot load --model {name}: {error}\nGive a hub id (which needs the network once) or a folder.") from error
-
-
-def end_tokens(model, tokenizer) -> list[int]:
-    """Every token that ends an answer; Qwen has two, one of which, <|endoftext|>, is the padding as well."""
-    ends = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])})
-
-
-def unwritable_tokens(model, tokenizer) -> Tensor:
-    """Ids no answer may hold: vision tokens, which would crash the next forward, and rows beyond the vocabulary.
-
-    They are left out of the softmax wherever a log-prob is taken, so that it is the one that was sampled from; and models
-    of one family that differ only in padding rows (151936 at 3B, 152064 at 32B) get the same support.
-    """
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    beyond = range(len(tokenizer), model.get_output_embeddings().out_features)
-    return torch.tensor(sorted({getattr(model.config, name) for name in names}.union(beyond)))
 
 
 # ===== 5. A group is one row ==========================================================================================
@@ -766,14 +776,14 @@ def score(policy: Policy, groups: list[Group], micro_batch: int) -> list[list[Te
 
 
 @torch.no_grad()
-def sample(actor, prompts: list[Prompt], n: int, *, max_tokens: int, ends: list[int], unwritable: Tensor, greedy: bool = False,
-           chunk: int = 256) -> list[list[list[int]]]:  # fmt: skip
+def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, greedy: bool = False, chunk: int = 256) -> list[list[list[int]]]:
     """n answers to each prompt, as token ids up to and with the first end token, by the model's own generate.
 
     Each question is encoded and prefilled once and its cache repeated for its answers. After each chunk of tokens the
     finished answers leave the batch. Temperature 1 and nothing truncated, else pi_old is not what was sampled from.
     """
     device, core, training = actor.device, actor.model, actor.training
+    ends, max_tokens = encoder.ends, encoder.cfg.max_answer
     width = max(len(p.ids) for p in prompts)
     left = lambda row: F.pad(row, (width - row.shape[-1], 0))  # noqa: E731
     ids = torch.stack([left(p.ids) for p in prompts]).to(device)  # [B, P]
@@ -789,18 +799,18 @@ def sample(actor, prompts: list[Prompt], n: int, *, max_tokens: int, ends: list[
     sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(**sampling, use_cache=True, eos_token_id=ends, pad_token_id=ends[0], return_dict_in_generate=True)
     original, actor.generation_config = actor.generation_config, config
-    unwritable, end_ids = unwritable.to(device), torch.tensor(ends, device=device)
+    unwritable, end_ids = encoder.unwritable.to(device), torch.tensor(ends, device=device)
     forbid = lambda _, scores: scores.index_fill(-1, unwritable, -torch.inf)  # noqa: E731
     actor.eval()  # in training mode, gradient checkpointing would switch the cache off
     try:
         cache = DynamicCache(config=actor.config.get_text_config())
-        core(input_ids=ids[:, :-1], attention_mask=seen[:, :-1], position_ids=positions[..., :-1],
-             past_key_values=cache, use_cache=True, **vision)  # fmt: skip  all but the last token, from which generate starts
+        prefix = dict(input_ids=ids[:, :-1], attention_mask=seen[:, :-1], position_ids=positions[..., :-1])
+        core(**prefix, **vision, past_key_values=cache, use_cache=True)  # all but the last token, from which generate starts
         cache.batch_repeat_interleave(n)
         ids, seen, deltas = (x.repeat_interleave(n, 0) for x in (ids, seen, deltas))  # [B*n, ...]
         answers, open_rows = [[] for _ in ids], torch.arange(len(ids))
         for start in range(0, max_tokens, chunk):
-            core.rope_deltas = deltas  # else generate would take those of another batch
+            core.rope_deltas = deltas  # generate counts positions from this attribute, which the last batch has left behind
             out = actor.generate(ids, attention_mask=seen, past_key_values=cache, logits_processor=[forbid],
                                  max_new_tokens=min(chunk, max_tokens - start))  # fmt: skip
             new = out.sequences[:, ids.shape[1] :]
@@ -820,9 +830,9 @@ def sample(actor, prompts: list[Prompt], n: int, *, max_tokens: int, ends: list[
     return [answers[i : i + n] for i in range(0, len(answers), n)]
 
 
-def grade(ids: list[int], problem: Problem, encoder: Encoder, ends: list[int]) -> Trajectory:
+def grade(ids: list[int], problem: Problem, encoder: Encoder) -> Trajectory:
     text = encoder.tokenizer.decode(ids, skip_special_tokens=True)
-    return Trajectory(ids, text, reward(text, problem.answer), finished=ids[-1] in ends)
+    return Trajectory(ids, text, reward(text, problem.answer), finished=ids[-1] in encoder.ends)
 
 
 # ===== 7. Experts: answers of a stronger model, cached with the log-probs they were sampled with =======================
@@ -843,21 +853,22 @@ def cache_header(cfg: Config, encoder: Encoder) -> dict:
     return {"tgrl_experts": 1, "model": cfg.model, "data": cfg.data, "split": cfg.split, "sampling": SAMPLING, **encoder.fingerprints()}
 
 
-def flaw(answer: dict, vocabulary: int) -> str | None:
+def flaw(answer: dict, writable: set[int]) -> str | None:
     """What is wrong with a cached answer, if anything."""
     ids, logps = answer.get("ids"), answer.get("logps")
     if not ids or not isinstance(logps, list) or len(ids) != len(logps):
         return "ids and logps missing or of different length"
-    if not all(isinstance(i, int) and 0 <= i < vocabulary for i in ids):
-        return f"token ids outside the vocabulary of {vocabulary}"
+    if not writable.issuperset(ids):
+        return "token ids that are vision tokens or outside the vocabulary"
     if not all(isinstance(x, int | float) and math.isfinite(x) for x in logps):
         return "log-probs that are not finite"
     return "log-probs above 0" if max(logps) > 1e-3 else None
 
 
-def read_cache(path: Path, wanted: dict, vocabulary: int) -> dict[str, list[Trajectory]]:
+def read_cache(path: Path, wanted: dict, encoder: Encoder) -> dict[str, list[Trajectory]]:
     """Expert answers by question. The header must agree with `wanted`; flawed answers are left out and reported."""
     lines = path.read_bytes().split(b"\n")
+    writable = set(range(len(encoder.tokenizer))).difference(encoder.unwritable.tolist())
     try:
         header = json.loads(lines[0])
         header["tgrl_experts"]
@@ -867,18 +878,18 @@ def read_cache(path: Path, wanted: dict, vocabulary: int) -> dict[str, list[Traj
         if header.get(key) != value:
             raise BadInput(f"{path} does not fit this run: {MISFIT[key]}\n  cache: {key} {header.get(key)}\n  here:  {key} {value}")
     experts, left_out = collections.defaultdict(list), []
-    for number, line in enumerate(lines[1:-1] + lines[-1:] * bool(lines[-1]), 2):
+    for number, line in enumerate(lines[1:] if lines[-1] else lines[1:-1], 2):
         try:
             record = json.loads(line)
             for a in record["answers"]:
-                if reason := flaw(a, vocabulary):
+                if reason := flaw(a, writable):
                     left_out.append((number, reason))
                 else:
                     answer = Trajectory(a["ids"], a["text"], a["reward"], header["model"], a["finished"], behavior_logp=torch.tensor(a["logps"]))
                     experts[record["question"]].append(answer)
         except (ValueError, KeyError, TypeError, AttributeError):
             left_out.append((number, "torn line, as a kill leaves it" if number == len(lines) else "no record of answers"))
-    report_left_out(path, left_out, len(lines), "line")
+    report_left_out(path, left_out, len(left_out) + sum(map(len, experts.values())), "answer", "line")
     return experts
 
 
@@ -904,15 +915,20 @@ def coverage(path: Path, experts: dict, problems: list[Problem]) -> str:
             f"{covered} of {len(problems)} questions ({covered / len(problems):.0%}) have a correct expert")  # fmt: skip
 
 
+def start_processes(**options) -> Accelerator:
+    """Device, process group and reductions. While one process samples, others wait: longer than the usual ten minutes."""
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience], **options)
+
+
 def make_experts(cfg: Config):
     """Sample `samples` answers a question from a strong model, score and grade them, and append them to the cache."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = start_processes()
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     set_seed(cfg.seed + rank)
     model, processor = load_model(cfg.model, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     encoder = Encoder(processor, model, cfg)
-    ends, unwritable = end_tokens(model, encoder.tokenizer), unwritable_tokens(model, encoder.tokenizer)
-    policy = Policy(model, unwritable).to(accelerator.device)
+    policy = Policy(model, encoder.unwritable).to(accelerator.device)
     problems = list({p.id: p for p in encoder.load(cfg.data, cfg.split)}.values())  # each question once
 
     path, header = Path(cfg.experts), cache_header(cfg, encoder)
@@ -921,19 +937,19 @@ def make_experts(cfg: Config):
         append_records(path, [header])
     accelerator.wait_for_everyone()
     wanted = {key: header[key] for key in MISFIT}
-    experts = read_cache(path, wanted, len(encoder.tokenizer))
+    experts = read_cache(path, wanted, encoder)
     missing = lambda p: cfg.samples - len(experts.get(p.id, []))  # noqa: E731
     todo = sorted((p for p in problems if missing(p) > 0), key=lambda p: (missing(p), encoder.length(p)))
     say(f"{path}: {len(problems) - len(todo)} of {len(problems)} questions have their {cfg.samples} answers")
     accelerator.wait_for_everyone()  # all have read it before one appends
 
-    bar = tqdm(total=len(todo[rank::world]), unit="question", desc="experts", disable=not main)
+    bar = tqdm(total=len(todo[rank::world]), unit="question", desc="experts", disable=None if main else True)  # None: only on a terminal
     for n, same in itertools.groupby(todo[rank::world], key=missing):
         same, size = list(same), max(1, cfg.generate_batch // n)
         for part in (same[i : i + size] for i in range(0, len(same), size)):
             prompts = [encoder(p) for p in part]
-            answers = sample(model, prompts, n, max_tokens=cfg.max_answer, ends=ends, unwritable=unwritable)
-            groups = [Group(p, q, [grade(ids, p, encoder, ends) for ids in a]) for p, q, a in zip(part, prompts, answers)]
+            answers = sample(model, encoder, prompts, n)
+            groups = [Group(p, q, [grade(ids, p, encoder) for ids in a]) for p, q, a in zip(part, prompts, answers)]
             records = []
             for group, logps in zip(groups, score(policy, groups, cfg.micro_batch)):
                 kept = [dict(ids=t.ids, logps=logp.tolist(), reward=t.reward, finished=t.finished, text=t.text)
@@ -944,7 +960,7 @@ def make_experts(cfg: Config):
     bar.close()
     accelerator.wait_for_everyone()
     if main:
-        say(coverage(path, read_cache(path, wanted, len(encoder.tokenizer)), problems))
+        say(coverage(path, read_cache(path, wanted, encoder), problems))
 
 
 # ===== 8. Training ====================================================================================================
@@ -974,6 +990,14 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def frozen_copy(model, dtype: torch.dtype):
+    """Parameters in another dtype, but not the buffers: rotary frequencies stay float32, as under FSDP's mixed precision."""
+    twin = copy.deepcopy(model).requires_grad_(False)
+    for p in twin.parameters():
+        p.data = p.data.to(dtype)
+    return twin
+
+
 class Tally(collections.defaultdict):
     """Metrics of a step as name -> [sum, count]: they add up over micro-batches, updates and processes."""
 
@@ -991,11 +1015,10 @@ class Trainer:
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        if Path(cfg.out, "metrics.jsonl").exists():
-            raise BadInput(f"--out {cfg.out} holds an earlier run; give another folder, or delete that one")
+        if Path(cfg.out, "metrics.jsonl").exists() and not cfg.resume:
+            raise BadInput(f"--out {cfg.out} holds an earlier run; add --resume to continue it, or give another folder")
         try:
-            self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), project_dir=cfg.out,
-                                           log_with=None if cfg.tracker == "none" else cfg.tracker)  # fmt: skip
+            self.accelerator = start_processes(project_dir=cfg.out, log_with=None if cfg.tracker == "none" else cfg.tracker)
         except ValueError as error:
             raise BadInput(f"--tracker {cfg.tracker}: {error}") from error
         self.device, self.world, self.rank = self.accelerator.device, self.accelerator.num_processes, self.accelerator.process_index
@@ -1005,7 +1028,6 @@ class Trainer:
         set_seed(cfg.seed + self.rank)
         model, self.processor = load_model(cfg.model)
         self.encoder = Encoder(self.processor, model, cfg)
-        self.ends, self.unwritable = end_tokens(model, self.encoder.tokenizer), unwritable_tokens(model, self.encoder.tokenizer)
         self.problems = self.encoder.load(cfg.data, cfg.split)
         self.held_out = self.encoder.load(cfg.val_data, cfg.val_split) if cfg.val_data else []
         self.experts = self.load_experts() if cfg.n_off else {}
@@ -1019,7 +1041,7 @@ class Trainer:
             make = f"Make it with `tgrl.py experts --data {data} --experts {path}`, or train without experts by --n_off 0."
             raise BadInput(f"--experts {path} does not exist. {make}")
         header = cache_header(self.cfg, self.encoder)
-        experts = read_cache(path, {key: header[key] for key in ("tokenizer", "prompt", "sampling")}, len(self.encoder.tokenizer))
+        experts = read_cache(path, {key: header[key] for key in ("tokenizer", "prompt", "sampling")}, self.encoder)
         say(coverage(path, experts, self.problems))
         if not any(experts.get(p.id) for p in self.problems):
             raise BadInput(f"{path} answers none of the {len(self.problems)} questions of {data}; was it made for other data?")
@@ -1031,12 +1053,13 @@ class Trainer:
         model.model.visual.requires_grad_(not cfg.freeze_vision)
         if cfg.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        frozen_copy = lambda: copy.deepcopy(model).to(self.device, torch.bfloat16 if cuda else torch.float32).requires_grad_(False)  # noqa: E731
-        self.reference = Policy(frozen_copy(), self.unwritable).to(self.device) if cfg.kl_coef else None
+        twin = lambda: frozen_copy(model, torch.bfloat16 if cuda else torch.float32).to(self.device)  # noqa: E731
+        self.reference = Policy(twin(), self.encoder.unwritable).to(self.device) if cfg.kl_coef else None
         # The actor generates: whole weights in the dtype of computation. One process on a CPU needs no copy of them.
-        self.actor = frozen_copy() if self.world > 1 or cuda else model
-        self.policy = Policy(model, self.unwritable).to(self.device)
-        shard(self.policy, self.accelerator)
+        self.actor = twin() if self.world > 1 or cuda else model
+        self.policy = Policy(model, self.encoder.unwritable)
+        shard(self.policy, self.accelerator)  # block by block to the device, so that it never holds all of them in float32
+        self.policy.to(self.device)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
@@ -1054,7 +1077,7 @@ class Trainer:
 
     def draw(self, n: int) -> list[tuple[int, Problem]]:
         """The next n questions of this process, as (epoch, question): all walk one shuffled list and take turns."""
-        wishes = [int(n) for n in self.total(*(n if rank == self.rank else 0 for rank in range(self.world)))]
+        wishes = self.accelerator.gather(torch.tensor([n], device=self.device)).tolist()
         first = self.position + sum(wishes[: self.rank])
         self.position += sum(wishes)
         places = [divmod(place, len(self.problems)) for place in range(first, first + n)]
@@ -1080,8 +1103,8 @@ class Trainer:
         groups, size = [], max(1, self.cfg.generate_batch // self.cfg.n_on)
         for part in (drawn[i : i + size] for i in range(0, len(drawn), size)):
             prompts = [self.encoder(problem) for _, problem in part]
-            for (epoch, problem), prompt, answers in zip(part, prompts, self.sample(prompts, self.cfg.n_on)):
-                own = [grade(ids, problem, self.encoder, self.ends) for ids in answers]  # Eq. 13
+            for (epoch, problem), prompt, answers in zip(part, prompts, sample(self.actor, self.encoder, prompts, self.cfg.n_on)):
+                own = [grade(ids, problem, self.encoder) for ids in answers]  # Eq. 13
                 groups.append(Group(problem, prompt, own + self.pick_experts(problem, epoch)))  # Eq. 14
         for group in groups:
             advantages = group_advantages(torch.tensor([[t.reward for t in group.trajectories]]))  # Eq. 15-16
@@ -1089,12 +1112,9 @@ class Trainer:
                 trajectory.advantage = advantage
         return groups
 
-    def sample(self, prompts: list[Prompt], n: int, greedy: bool = False) -> list[list[list[int]]]:
-        return sample(self.actor, prompts, n, max_tokens=self.cfg.max_answer, ends=self.ends, unwritable=self.unwritable, greedy=greedy)
-
     def has_contrast(self, group: Group, with_experts: bool = True) -> bool:
-        """Do the rewards differ among what can teach? A correct expert rescues an all-wrong group; a masked one does not count."""
-        counts = lambda t: not t.is_expert or with_experts and (t.reward == 1 or not self.cfg.filter)  # noqa: E731
+        """Do the rewards of the policy's answers and kept experts differ? If not, there is nothing to learn from the group."""
+        counts = lambda t: not t.is_expert or (with_experts and (t.reward == 1 or not self.cfg.filter))  # noqa: E731
         return len({t.reward for t in group.trajectories if counts(t)}) > 1
 
     def collect(self, tally: Tally) -> list[Group]:
@@ -1111,6 +1131,7 @@ class Trainer:
         for trajectory in (t for group in filler for t in group.trajectories):
             trajectory.advantage = 0.0  # teaches nothing; keeps the number of forward passes the same on all processes
 
+        tally.add(expert_reward=(0, 0))  # the same keys on all processes, whoever draws an expert
         for group in drawn:  # metrics are of all that was sampled, kept or not
             contrast = self.has_contrast(group)
             tally.add(contrast=(contrast, 1), rescued_by_expert=(contrast and not self.has_contrast(group, with_experts=False), 1))
@@ -1127,13 +1148,11 @@ class Trainer:
 
     def set_log_probs(self, groups: list[Group]):
         """pi_old (and pi_ref) by the forward pass that training uses, before the first update: sampling rounds differently."""
-        wanted = {"ref_logp": self.reference} if self.reference else {}
-        if self.cfg.questions_per_rollout > self.cfg.questions_per_update:  # else logp itself is pi_old, at no cost
-            wanted["behavior_logp"] = self.policy
-        for name, policy in wanted.items():
-            for group, logps in zip(groups, score(policy, groups, self.cfg.micro_batch)):
+        several = self.cfg.questions_per_rollout > self.cfg.questions_per_update  # else logp itself is pi_old, see update
+        for name, policy in (("ref_logp", self.reference), ("behavior_logp", self.policy if several else None)):
+            for group, logps in zip(groups, score(policy, groups, self.cfg.micro_batch) if policy else ()):
                 for trajectory, logp in zip(group.trajectories, logps):
-                    if name == "ref_logp" or not trajectory.is_expert:
+                    if not trajectory.is_expert:
                         setattr(trajectory, name, logp)
 
     # update
@@ -1150,9 +1169,9 @@ class Trainer:
             logp = self.policy(batch)  # [N, T]
             for t, row in zip(trajectories, logp.detach().cpu()):
                 t.logp = row[: len(t.ids)]
-            unmoved = torch.tensor([t.behavior_logp is None for t in trajectories], device=self.device)[:, None]
+            fresh = torch.tensor([t.behavior_logp is None for t in trajectories], device=self.device)[:, None]  # written by this very policy
             loss, metrics = tgrl_loss(
-                logp, torch.where(unmoved, logp.detach(), batch.behavior_logp), batch.mask, batch.advantages, batch.is_expert, batch.expert_ok,
+                logp, torch.where(fresh, logp.detach(), batch.behavior_logp), batch.mask, batch.advantages, batch.is_expert, batch.expert_ok,
                 token_shares(batch.mask, "dapo" if cfg.token_mean else "grpo", n_trajectories, n_tokens),
                 sharpness=cfg.sharpness if cfg.reweight else None, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
                 kl_coef=cfg.kl_coef, ref_logp=batch.ref_logp,
@@ -1172,8 +1191,8 @@ class Trainer:
         """Greedy accuracy on the held-out questions, as (right, of how many); each process takes its share of them."""
         mine, right = self.held_out[self.rank :: self.world], 0.0
         for part in (mine[i : i + self.cfg.generate_batch] for i in range(0, len(mine), self.cfg.generate_batch)):
-            answers = self.sample([self.encoder(p) for p in part], 1, greedy=True)
-            right += sum(grade(ids, p, self.encoder, self.ends).reward for p, (ids,) in zip(part, answers))
+            answers = sample(self.actor, self.encoder, [self.encoder(p) for p in part], 1, greedy=True)
+            right += sum(grade(ids, p, self.encoder).reward for p, (ids,) in zip(part, answers))
         return right, len(mine)
 
     def show(self, step: int, groups: list[Group]):
@@ -1216,13 +1235,75 @@ class Trainer:
         say("  ".join([f"step {step:>3}/{self.steps}", *(text.format(metrics[n]) for n, text in gist.items() if metrics.get(n) is not None)]))
         return metrics
 
+    # keep
+
+    def state(self) -> dict:
+        weights, optimizer = get_state_dict(self.policy, self.optimizer)
+        return {"weights": weights, "optimizer": optimizer}
+
+    def random_state(self) -> dict[str, Tensor]:
+        return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {})
+
+    def save_checkpoint(self, step: int):
+        """All a run continues from, as it is before `step`; written beside and renamed, so that a kill leaves the one before it whole."""
+        folder = Path(self.cfg.out, "checkpoints", f"{step:06}")
+        beside = folder.with_suffix(".tmp")
+        if self.main:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        dcp.save(self.state(), checkpoint_id=beside)  # each process writes its shards
+        save_file(self.random_state(), beside / f"random-{self.rank}.safetensors")
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            (beside / "run.json").write_text(json.dumps(dict(step=step, position=self.position)))
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+            for old in sorted(folder.parent.glob("??????"))[: -self.cfg.keep]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def load_checkpoint(self) -> int:
+        """Continue from the newest whole checkpoint, on as many processes as there are now; -> the step to do next."""
+        step = 0
+        for folder in sorted(Path(self.cfg.out, "checkpoints").glob("??????"), reverse=True):
+            try:
+                run, state = json.loads((folder / "run.json").read_text()), self.state()
+                dcp.load(state, checkpoint_id=folder)
+                mine = folder / f"random-{self.rank}.safetensors"
+                random_state = load_file(mine) if mine.exists() else self.random_state()  # a process more than there were
+            except (Exception, CheckpointException) as error:  # the latter is no Exception
+                say(f"{folder} is damaged ({type(error).__name__}) and passed over")
+                continue
+            set_state_dict(self.policy, self.optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizer"])
+            torch.set_rng_state(random_state["cpu"])
+            if "cuda" in random_state:
+                torch.cuda.set_rng_state(random_state["cuda"])
+            step, self.position = run["step"], run["position"]
+            break
+        if not step and Path(self.cfg.out, "checkpoints").exists():
+            raise BadInput(f"{self.cfg.out}/checkpoints holds nothing whole to continue from; remove it to start anew")
+        say(f"{self.cfg.out}: continues with step {step}" if step else f"{self.cfg.out} has no checkpoint to continue from; starts anew")
+        for name in ("metrics.jsonl", "groups.jsonl"):  # steps that will be done again
+            if self.main and (path := Path(self.cfg.out, name)).exists():
+                lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+                kept = [line for line in lines if json.loads(line).get("step", -1) < step]
+                path.with_suffix(".tmp").write_text("".join(kept) if step else "", encoding="utf-8")
+                path.with_suffix(".tmp").rename(path)
+        self.accelerator.wait_for_everyone()
+        return step
+
     # the loop
 
     def header(self) -> dict:
         """The first record of metrics.jsonl: what the numbers below it depend on."""
         packages = ("torch", "transformers", "accelerate", "qwen-vl-utils", "math-verify", "datasets")
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-        versions = {name: importlib.metadata.version(name) for name in packages} | {"python": sys.version.split()[0], "git": git or None}
+        try:
+            here = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+            git = subprocess.run(["git", "describe", "--always", "--dirty"], **here).stdout.strip() or None
+        except OSError:  # no git
+            git = None
+        versions = {name: importlib.metadata.version(name) for name in packages} | {"python": sys.version.split()[0], "git": git}
         versions["tgrl.py"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         data = dict(questions=len(self.problems), held_out=len(self.held_out), with_expert=sum(bool(self.experts.get(p.id)) for p in self.problems))
         return dict(config=dataclasses.asdict(self.cfg), versions=versions, data=data, processes=self.world)
@@ -1231,11 +1312,13 @@ class Trainer:
         cfg, share = self.cfg, self.cfg.questions_per_update // self.world
         if self.main:
             Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        self.write("metrics.jsonl", self.header())
+        first = self.load_checkpoint() if cfg.resume else 0
+        if first == 0:
+            self.write("metrics.jsonl", self.header())
         self.accelerator.init_trackers("tgrl", {name: value for name, value in dataclasses.asdict(cfg).items() if value is not None})
         name = ("TGRL-" if cfg.n_off else "") + cfg.algorithm.upper()
-        bar = tqdm(total=self.steps, desc=name, unit="step", disable=not self.main)
-        for step in range(self.steps + 1):  # record `step` holds the accuracy before this step's update; the last holds nothing else
+        bar = tqdm(total=self.steps, desc=name, unit="step", initial=first, disable=None if self.main else True)
+        for step in range(first, self.steps + 1):  # record `step` holds the accuracy before this step's update; the last holds nothing else
             tally = Tally()
             self.refresh_actor()
             if self.held_out and (step % cfg.eval_every == 0 or step == self.steps):
@@ -1248,10 +1331,12 @@ class Trainer:
                 for i in range(0, len(groups), share):
                     self.update(groups[i : i + share], tally)
                 tally.add(seconds=(time.perf_counter() - start, 1), seconds_rollout=(rolled - start, 1))
-                if step % cfg.show_every == 0 or step == self.steps - 1:
+                if self.main and (step % cfg.show_every == 0 or step == self.steps - 1):
                     self.show(step, groups[:4])
                 bar.update()
             metrics = self.report(step, tally)
+            if step < self.steps and cfg.save_every and (step + 1) % cfg.save_every == 0:
+                self.save_checkpoint(step + 1)
         bar.close()
         if self.main:  # the actor holds the whole weights, just refreshed
             self.actor.save_pretrained(Path(cfg.out, "model"))
@@ -1339,7 +1424,7 @@ def teach(policy: Policy, encoder: Encoder, pool: list, p_right: float, steps: i
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     end = encoder.tokenizer.eos_token_id
     policy.train()
-    for _ in tqdm(range(steps), desc=name, unit="step"):
+    for _ in tqdm(range(steps), desc=name, unit="step", disable=None):
         groups = []
         for w, h, problem, prompt in rng.sample(pool, 16):
             texts = [toy_answer(rng, w, h, p_right) for _ in range(4)]
@@ -1357,8 +1442,10 @@ def toy_world(folder: Path, cfg: Config):
     """Questions as parquet files, and an expert and a student that share one warmed-up base; made once, then kept."""
     import datasets
 
-    if (folder / "student" / "config.json").exists():
+    datasets.disable_progress_bars()
+    if folder.exists():
         return
+    folder, finished = folder.with_suffix(".tmp"), folder
     set_seed(0)
     rng, processor = random.Random(0), toy_processor(cfg.instruction)
     model = tiny_model(processor.tokenizer)
@@ -1370,12 +1457,13 @@ def toy_world(folder: Path, cfg: Config):
     for w, h in rng.choices(sides, k=400):
         problem = read_problem(toy_row(rng, w, h), folder)
         pool.append((w, h, problem, encoder(problem)))
-    for name, p_right, steps, lr in (("base", 0.5, 200, 2e-3), ("expert", 0.97, 60, 1e-3), ("student", 0.15, 60, 1e-3)):
+    for name, p_right, steps, lr in (("base", 0.5, 200, 2e-3), ("expert", 0.97, 60, 1e-3), ("student", 0.1, 60, 1e-3)):
         if name != "base":
             model, _ = load_model(folder / "base")
-        teach(Policy(model, unwritable_tokens(model, processor.tokenizer)), encoder, pool, p_right, steps, lr, rng, f"warm-up, {name}")
+        teach(Policy(model, encoder.unwritable), encoder, pool, p_right, steps, lr, rng, f"warm-up, {name}")
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
+    folder.rename(finished)
 
 
 def toy(cfg: Config):
@@ -1403,7 +1491,7 @@ def toy(cfg: Config):
 
 TOY = dict(out="runs/toy", steps=24, lr=1e-4, questions_per_rollout=24, questions_per_update=24, micro_batch=8, generate_batch=192,
            samples=2, max_draws=2, eval_every=4, show_every=6, min_pixels=56 * 56, max_pixels=56 * 56, max_answer=80,
-           instruction="Think first.", checkpointing=False)  # fmt: skip
+           instruction="Think first.", checkpointing=False, save_every=0)  # fmt: skip
 COMMANDS = {"toy": (toy, TOY), "experts": (make_experts, {"model": "Qwen/Qwen2.5-VL-32B-Instruct"}), "train": (train, {})}
 
 
@@ -1411,10 +1499,11 @@ def parse(argv: list[str]) -> tuple[str, Config]:
     description = __doc__.split("\n\nA question")[0]
     parser = argparse.ArgumentParser("tgrl.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", default="toy", choices=COMMANDS, help="what to do (default: toy)")
+    shown = COMMANDS[argv[0] if argv and argv[0] in COMMANDS else "toy"][1]  # --help tells the defaults of the command it is asked of
     for f in dataclasses.fields(Config):
         kind = next(t for t in (*typing.get_args(f.type), f.type) if t is not type(None))
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
-        default = "by algorithm" if f.default is None else repr(f.default)
+        default = "by algorithm" if f.default is None else repr(shown.get(f.name, f.default))
         parser.add_argument(f"--{f.name}", **how, default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     command = given.pop("command")
