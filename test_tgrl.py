@@ -495,6 +495,7 @@ B ~ C | A ~ 60 | 60 ~ A | A. 60 ~ B | A. 60 ~ 61 | A, C ~ A | A. B ~ A | A) B) ~
 AB ~ BA | yes ~ no | 12.566 ~ 4\pi | 33.3 ~ 33.33 | 29.7 ~ 2\sqrt{221} | 5 ~ 6 | 5 ~ -5 | 0.333 ~ 1/3 | 1,000 ~ 1 | 10 ~ 100
 (1,2) ~ (2,1) | [1,2) ~ (1,2) | 3:4 ~ 4:3 | x = 5 ~ y = 5 | y = 2x + 1 ~ y = 2x - 1 | x != 5 ~ 5 | 2x + 1 = 5 ~ 2 | x > 5 ~ x < 5
 3t ~ 3 | 2xy ~ 2
+2 sec x ~ 2 | 3 times x ~ 3 | 5 over x ~ 5 | 3 plus y ~ 3 | 2 arcsin x ~ 2
 2 \sin x ~ 2 | 5 or 6 ~ 5 | 5 or x ~ 5 | 3 sin x ~ 3 | 5, 6 ~ 5 | 1 2 3 5 ~ 5 | the answer is 5 ~ 5 | $1$, $2$ ~ 1 | 1$2 ~ 1 | $5$ or $6$ ~ 6
 \sqrt{221} ~ 221 | 2\pi ~ \pi | 1e999999999 ~ 1 | \frac{1}{0} ~ 1 | . ~ 5 | $ ~ 5 | ~ ~ 5
 """
@@ -942,6 +943,23 @@ def test_answers_end_at_the_first_end_token_and_it_counts(world):
     assert batch.mask.sum() == 3
 
 
+def test_finished_answers_are_cut_at_their_end_and_leave(world):
+    """In chunks of 4: of three answers, the first ends at once and is padded; then the second, now first of two, ends at its fifth token."""
+    prompt, end, rows = make_groups(world, 1)[0].prompt, world.encoder.ends[-1], []
+
+    def end_the_first(module, args, out):
+        rows.append(len(out))
+        out = out.index_fill(-1, torch.tensor(world.encoder.ends), -1e4)
+        out[0, -1, end] = 1e4
+        return out
+
+    want = world.model.lm_head.register_forward_hook(end_the_first)
+    answers = sample(world, [prompt], 3, 6, chunk=4)[0]
+    want.remove()
+    assert [len(a) for a in answers] == [1, 5, 6] and [a[-1] == end for a in answers] == [True, True, False]
+    assert rows == [3] * 4 + [2] * 2
+
+
 # ===== Questions =======================================================================================================
 
 
@@ -1261,7 +1279,7 @@ def test_several_updates_use_pi_old_from_before_the_first(folder, tmp_path):
 def test_a_gradient_that_is_not_finite_changes_nothing(folder, tmp_path):
     trainer = tgrl.Trainer(folder.config(out=str(tmp_path), questions_per_rollout=2))
     groups = trainer.roll_out(trainer.draw(2))
-    groups[0].trajectories[0].advantage = float("nan")
+    groups[0].trajectories[0].advantage = float("inf")
     before = [p.clone() for p in trainer.policy.parameters()]
     trainer.update(groups, tally := tgrl.Tally())
     assert tally["skipped_nonfinite"] == [1, 1] and all(map(torch.equal, before, trainer.policy.parameters()))

@@ -4,7 +4,7 @@
     python tgrl.py experts --data hiyouga/geometry3k        sample, score and grade expert answers into a cache
     python tgrl.py train --data hiyouga/geometry3k          train Qwen2.5-VL-3B with them, on one device ...
     torchrun --nproc-per-node 8 tgrl.py train ...           ... or on eight, by the same lines
-    python tgrl.py --help                                   every option, and where its default comes from
+    python tgrl.py train --help                             every option, and where its default comes from
 
 A question with a picture gets a *group* of answers: most are written by the policy, a few by a stronger model. All are
 graded by rule and compared within the group; the expert's tokens are weighted by how much the policy underestimates them.
@@ -13,11 +13,11 @@ Sections, in the order in which the data flows:
     1 options   2 reward (Eq. 3)   3 loss (Eq. 13-25)   4 questions and prompts   5 a group is one row
     6 rollouts  7 experts          8 training           9 the toy world
 
-Tensor shapes use one alphabet: B questions, G answers a question, N = B*G trajectories, P prompt tokens, T answer tokens,
+Tensor shapes have one alphabet: B questions, G answers a question, N = B*G trajectories, P prompt tokens, T answer tokens,
 R rows, L tokens a row, V vocabulary. Names for the paper's symbols, where one letter means two things there:
-    beta  in Eq. 20 -> sharpness      beta    in Eq. 2, 24 -> kl_coef      pi_theta        -> logp
-    sigma in Eq. 20 -> sigmoid        sigma   in Eq. 15-19 -> std          pi_old, pi_phi  -> behavior_logp
-    epsilon in a clip -> clip_low/high    epsilon in a denominator -> eps  m -> expert_ok, f, r~ -> coefficient
+    beta    in Eq. 20 -> sharpness             beta    in Eq. 2, 24       -> kl_coef     pi_theta       -> logp
+    sigma   in Eq. 20 -> sigmoid               sigma   in Eq. 15-19       -> std         pi_old, pi_phi -> behavior_logp
+    epsilon in a clip -> clip_low, clip_high   epsilon in a denominator   -> eps         r~             -> coefficient
 What the paper leaves open, and what is chosen here and why, is a table in README.md.
 """
 
@@ -169,7 +169,8 @@ def extract_boxed(text: str) -> str | None:
 
 MAX_ANSWER_CHARS = 400  # nothing longer is compared as mathematics
 UNICODE = str.maketrans({"²": "^2", "³": "^3", "√": r"\sqrt ", "∞": r"\infty ", "∠": r"\angle ", "º": "°", "˚": "°", "≈": "="})
-UNIT = r" ?(deg|in|ft|yd|mi|kg|ml|[cdkm]?m)| (?!(?:or|and|sin|cos|tan|log|ln) )([A-Za-z][A-Za-z ./]{2,})"  # 2xyz is algebra
+# A short unit, or words: 2xyz and 3 times x are algebra, and 2 sin xy is no amount of sins.
+UNIT = r" ?(deg|in|ft|yd|mi|kg|ml|[cdkm]?m)| (?!(?:or|and|plus|over|sin|cos|tan|sec|log|ln) )((?:sq|[A-Za-z]{3,})(?:[ ./]+[A-Za-z]{2,})*\.?)"
 ABBREVIATIONS = {"square ": "sq ", "sq. ": "sq ", "kilo": "k", "centi": "c", "milli": "m", "meter": "m", "metre": "m", "degree": "deg",
                  "inche": "in", "inch": "in", "feet": "ft", "foot": "ft", "yard": "yd", "mile": "mi"}  # fmt: skip
 
@@ -397,6 +398,10 @@ PATCH, MERGED = 14, 28  # Qwen2.5-VL: a patch is 14 pixels wide; 2 x 2 of them b
 PLACEHOLDER = "<image>"
 
 
+def batches(items: list, size: int):
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
 def say(text: str):
     """Print, once however many processes run, and above the progress bar."""
     if os.environ.get("RANK", "0") == "0":
@@ -459,10 +464,16 @@ def read_problem(row: dict, root: Path) -> Problem:
     return Problem(content.hexdigest()[:16], question, images, answer)
 
 
+def check_exists(*sources: str):
+    """A file that is not there is said at once, before a model is loaded."""
+    for source in sources:
+        if source.endswith((".jsonl", ".json", ".parquet")) and not Path(source).exists():
+            raise BadInput(f"{source} does not exist (looked in {Path.cwd()})")
+
+
 def read_rows(source: str, split: str) -> typing.Iterator[dict]:
     """Rows of a hub data set, a parquet or JSONL file, or a folder of them or of images with metadata.jsonl."""
-    if source.endswith((".jsonl", ".json", ".parquet")) and not Path(source).exists():
-        raise BadInput(f"{source} does not exist (looked in {Path.cwd()})")
+    check_exists(source)
     if source.endswith((".jsonl", ".json")):
         for number, line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1):
             try:
@@ -765,8 +776,7 @@ def score(policy: Policy, groups: list[Group], micro_batch: int) -> list[list[Te
     """The log-probs [T] of every answer of every group, by the forward pass that training uses."""
     policy.eval()
     scores = []
-    for i in range(0, len(groups), micro_batch):
-        part = groups[i : i + micro_batch]
+    for part in batches(groups, micro_batch):
         rows = iter(policy(pack(part).to(policy.blank.device)).cpu())
         scores += [[next(rows)[: len(t.ids)] for t in group.trajectories] for group in part]
     return scores
@@ -835,7 +845,7 @@ def grade(ids: list[int], problem: Problem, encoder: Encoder) -> Trajectory:
     return Trajectory(ids, text, reward(text, problem.answer), finished=ids[-1] in encoder.ends)
 
 
-# ===== 7. Experts: answers of a stronger model, cached with the log-probs they were sampled with =======================
+# ===== 7. Experts: answers of a stronger model, cached with their log-probs under that model ==========================
 #
 # The cache is JSONL. Line 1 says what the answers belong to; each other line holds one question and some answers to it:
 #   {"question": id, "answers": [{"ids": [...], "logps": [...], "reward": 1.0, "finished": true, "text": "..."}, ...]}
@@ -923,6 +933,7 @@ def start_processes(**options) -> Accelerator:
 
 def make_experts(cfg: Config):
     """Sample `samples` answers a question from a strong model, score and grade them, and append them to the cache."""
+    check_exists(cfg.data)
     accelerator = start_processes()
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     set_seed(cfg.seed + rank)
@@ -945,8 +956,7 @@ def make_experts(cfg: Config):
 
     bar = tqdm(total=len(todo[rank::world]), unit="question", desc="experts", disable=None if main else True)  # None: only on a terminal
     for n, same in itertools.groupby(todo[rank::world], key=missing):
-        same, size = list(same), max(1, cfg.generate_batch // n)
-        for part in (same[i : i + size] for i in range(0, len(same), size)):
+        for part in batches(list(same), max(1, cfg.generate_batch // n)):
             prompts = [encoder(p) for p in part]
             answers = sample(model, encoder, prompts, n)
             groups = [Group(p, q, [grade(ids, p, encoder) for ids in a]) for p, q, a in zip(part, prompts, answers)]
@@ -1017,6 +1027,10 @@ class Trainer:
         self.cfg = cfg
         if Path(cfg.out, "metrics.jsonl").exists() and not cfg.resume:
             raise BadInput(f"--out {cfg.out} holds an earlier run; add --resume to continue it, or give another folder")
+        check_exists(cfg.data, cfg.val_data)
+        if cfg.n_off and not Path(cfg.experts).exists():
+            make = f"Make it with `tgrl.py experts --data {cfg.data} --experts {cfg.experts}`, or train without experts by --n_off 0."
+            raise BadInput(f"--experts {cfg.experts} does not exist. {make}")
         try:
             self.accelerator = start_processes(project_dir=cfg.out, log_with=None if cfg.tracker == "none" else cfg.tracker)
         except ValueError as error:
@@ -1037,9 +1051,6 @@ class Trainer:
 
     def load_experts(self) -> dict[str, list[Trajectory]]:
         path, data = Path(self.cfg.experts), self.cfg.data
-        if not path.exists():
-            make = f"Make it with `tgrl.py experts --data {data} --experts {path}`, or train without experts by --n_off 0."
-            raise BadInput(f"--experts {path} does not exist. {make}")
         header = cache_header(self.cfg, self.encoder)
         experts = read_cache(path, {key: header[key] for key in ("tokenizer", "prompt", "sampling")}, self.encoder)
         say(coverage(path, experts, self.problems))
@@ -1100,8 +1111,8 @@ class Trainer:
 
     def roll_out(self, drawn: list[tuple[int, Problem]]) -> list[Group]:
         """Groups with rewards and advantages: n_on answers of the policy, then the experts'."""
-        groups, size = [], max(1, self.cfg.generate_batch // self.cfg.n_on)
-        for part in (drawn[i : i + size] for i in range(0, len(drawn), size)):
+        groups = []
+        for part in batches(drawn, max(1, self.cfg.generate_batch // self.cfg.n_on)):
             prompts = [self.encoder(problem) for _, problem in part]
             for (epoch, problem), prompt, answers in zip(part, prompts, sample(self.actor, self.encoder, prompts, self.cfg.n_on)):
                 own = [grade(ids, problem, self.encoder) for ids in answers]  # Eq. 13
@@ -1120,28 +1131,28 @@ class Trainer:
     def collect(self, tally: Tally) -> list[Group]:
         """This process's share of a rollout batch. Dynamic sampling replaces groups without contrast, in at most max_draws draws."""
         quota, dynamic = self.cfg.questions_per_rollout // self.world, self.cfg.dynamic_sampling
-        drawn, kept, errors = [], [], sum(math_verify.errors.values())
+        kept, flat, drawn, errors = [], [], 0, sum(math_verify.errors.values())
+        tally.add(expert_reward=(0, 0))  # the same keys on all processes, whoever draws an expert
         for _ in range(self.cfg.max_draws if dynamic else 1):
             if self.total(quota - len(kept))[0] == 0:  # the same decision everywhere; a process with its quota draws nothing
                 break
             new = self.roll_out(self.draw(quota - len(kept)))
-            drawn += new
-            kept += [group for group in new if self.has_contrast(group) or not dynamic]
-        filler = [group for group in drawn if dynamic and not self.has_contrast(group)][: quota - len(kept)]
+            drawn += len(new)
+            for group in new:  # metrics are of all that was sampled, kept or not
+                contrast = self.has_contrast(group)
+                (kept if contrast or not dynamic else flat).append(group)
+                tally.add(contrast=(contrast, 1), rescued_by_expert=(contrast and not self.has_contrast(group, with_experts=False), 1))
+                for t in group.trajectories:
+                    if t.is_expert:
+                        tally.add(expert_reward=(t.reward, 1))
+                    else:
+                        tally.add(reward=(t.reward, 1), answer_tokens=(len(t.ids), 1), cut_off=(not t.finished, 1))
+            flat = flat[:quota]  # their pictures take memory
+        filler = flat[: quota - len(kept)]
         for trajectory in (t for group in filler for t in group.trajectories):
             trajectory.advantage = 0.0  # teaches nothing; keeps the number of forward passes the same on all processes
-
-        tally.add(expert_reward=(0, 0))  # the same keys on all processes, whoever draws an expert
-        for group in drawn:  # metrics are of all that was sampled, kept or not
-            contrast = self.has_contrast(group)
-            tally.add(contrast=(contrast, 1), rescued_by_expert=(contrast and not self.has_contrast(group, with_experts=False), 1))
-            for t in group.trajectories:
-                if t.is_expert:
-                    tally.add(expert_reward=(t.reward, 1))
-                else:
-                    tally.add(reward=(t.reward, 1), answer_tokens=(len(t.ids), 1), cut_off=(not t.finished, 1))
         errors = sum(math_verify.errors.values()) - errors
-        tally.add(draws=(len(drawn), quota), filler=(len(filler), quota), grader_errors=(errors, len(drawn) * self.cfg.n_on))
+        tally.add(draws=(drawn, quota), filler=(len(filler), quota), grader_errors=(errors, drawn * self.cfg.n_on))
         return kept + filler
 
     # score
@@ -1163,7 +1174,7 @@ class Trainer:
         sizes = len(trajectories), sum(len(t.ids) for t in trajectories), sum(abs(t.advantage) for t in trajectories)
         n_trajectories, n_tokens, signal = self.total(*sizes)
         self.policy.train()
-        for part in (groups[i : i + cfg.micro_batch] for i in range(0, len(groups), cfg.micro_batch)):
+        for part in batches(groups, cfg.micro_batch):
             trajectories = [t for group in part for t in group.trajectories]
             batch = pack(part, cfg.filter).to(self.device)
             logp = self.policy(batch)  # [N, T]
@@ -1190,7 +1201,7 @@ class Trainer:
     def evaluate(self) -> tuple[float, int]:
         """Greedy accuracy on the held-out questions, as (right, of how many); each process takes its share of them."""
         mine, right = self.held_out[self.rank :: self.world], 0.0
-        for part in (mine[i : i + self.cfg.generate_batch] for i in range(0, len(mine), self.cfg.generate_batch)):
+        for part in batches(mine, self.cfg.generate_batch):
             answers = sample(self.actor, self.encoder, [self.encoder(p) for p in part], 1, greedy=True)
             right += sum(grade(ids, p, self.encoder).reward for p, (ids,) in zip(part, answers))
         return right, len(mine)
@@ -1309,7 +1320,7 @@ class Trainer:
         return dict(config=dataclasses.asdict(self.cfg), versions=versions, data=data, processes=self.world)
 
     def fit(self) -> dict:
-        cfg, share = self.cfg, self.cfg.questions_per_update // self.world
+        cfg = self.cfg
         if self.main:
             Path(cfg.out).mkdir(parents=True, exist_ok=True)
         first = self.load_checkpoint() if cfg.resume else 0
@@ -1328,8 +1339,8 @@ class Trainer:
                 groups = self.collect(tally)
                 rolled = time.perf_counter()
                 self.set_log_probs(groups)
-                for i in range(0, len(groups), share):
-                    self.update(groups[i : i + share], tally)
+                for part in batches(groups, cfg.questions_per_update // self.world):
+                    self.update(part, tally)
                 tally.add(seconds=(time.perf_counter() - start, 1), seconds_rollout=(rolled - start, 1))
                 if self.main and (step % cfg.show_every == 0 or step == self.steps - 1):
                     self.show(step, groups[:4])
@@ -1344,10 +1355,6 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return metrics
-
-
-def train(cfg: Config) -> dict:
-    return Trainer(cfg).fit()
 
 
 # ===== 9. The toy world: everything above, tiny and real, on a CPU =====================================================
@@ -1474,10 +1481,11 @@ def toy(cfg: Config):
     cfg = dataclasses.replace(cfg, model=f"{world}/expert", data=f"{world}/train.parquet", val_data=f"{world}/test.parquet", experts=f"{out}/experts.jsonl")
     make_experts(cfg)
     accuracy, answers = {}, cfg.n_on + cfg.n_off
-    for n_off in (0, cfg.n_off):
+    for n_off in sorted({0, cfg.n_off}):
         name = ("TGRL-" if n_off else "") + cfg.algorithm.upper()
         shutil.rmtree(out / name, ignore_errors=True)  # of an earlier toy
-        accuracy[name] = train(dataclasses.replace(cfg, model=f"{world}/student", out=f"{out}/{name}", n_on=answers - n_off, n_off=n_off))["accuracy"]
+        run = dataclasses.replace(cfg, model=f"{world}/student", out=f"{out}/{name}", n_on=answers - n_off, n_off=n_off)
+        accuracy[name] = Trainer(run).fit()["accuracy"]
     from eval import show  # the other file; here, because it is not needed to train
 
     print(f"\nHeld-out greedy accuracy after {cfg.steps} steps of {cfg.questions_per_rollout} questions, {answers} answers each:")
@@ -1492,12 +1500,13 @@ def toy(cfg: Config):
 TOY = dict(out="runs/toy", steps=24, lr=1e-4, questions_per_rollout=24, questions_per_update=24, micro_batch=8, generate_batch=192,
            samples=2, max_draws=2, eval_every=4, show_every=6, min_pixels=56 * 56, max_pixels=56 * 56, max_answer=80,
            instruction="Think first.", checkpointing=False, save_every=0)  # fmt: skip
-COMMANDS = {"toy": (toy, TOY), "experts": (make_experts, {"model": "Qwen/Qwen2.5-VL-32B-Instruct"}), "train": (train, {})}
+COMMANDS = {"toy": (toy, TOY), "experts": (make_experts, {"model": "Qwen/Qwen2.5-VL-32B-Instruct"}), "train": (lambda cfg: Trainer(cfg).fit(), {})}
 
 
 def parse(argv: list[str]) -> tuple[str, Config]:
     description = __doc__.split("\n\nA question")[0]
-    parser = argparse.ArgumentParser("tgrl.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage = "tgrl.py [toy|experts|train] [--option value ...]"
+    parser = argparse.ArgumentParser("tgrl.py", usage, description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", default="toy", choices=COMMANDS, help="what to do (default: toy)")
     shown = COMMANDS[argv[0] if argv and argv[0] in COMMANDS else "toy"][1]  # --help tells the defaults of the command it is asked of
     for f in dataclasses.fields(Config):
