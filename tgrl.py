@@ -170,7 +170,7 @@ def extract_boxed(text: str) -> str | None:
 MAX_ANSWER_CHARS = 400  # nothing longer is compared as mathematics
 UNICODE = str.maketrans({"²": "^2", "³": "^3", "√": r"\sqrt ", "∞": r"\infty ", "∠": r"\angle ", "º": "°", "˚": "°", "≈": "="})
 # A short unit, or words: 2xyz and 3 times x are algebra, and 2 sin xy is no amount of sins.
-UNIT = r" ?(deg|in|ft|yd|mi|kg|ml|[cdkm]?m)| (?!(?:or|and|plus|over|sin|cos|tan|sec|log|ln) )((?:sq|[A-Za-z]{3,})(?:[ ./]+[A-Za-z]{2,})*\.?)"
+UNIT = r" ?((?:deg|in|ft|yd|mi|kg|ml|[cdkm]?m)(?:/[a-z]+)?)| (?!(?:or|and|plus|over|sin|cos|tan|sec|log|ln) )((?:sq|[A-Za-z]{3,})(?:[ ./]+[A-Za-z]{2,})*\.?)"
 ABBREVIATIONS = {"square ": "sq ", "sq. ": "sq ", "kilo": "k", "centi": "c", "milli": "m", "meter": "m", "metre": "m", "degree": "deg",
                  "inche": "in", "inch": "in", "feet": "ft", "foot": "ft", "yard": "yd", "mile": "mi"}  # fmt: skip
 
@@ -1328,6 +1328,7 @@ class Trainer:
             self.write("metrics.jsonl", self.header())
         self.accelerator.init_trackers("tgrl", {name: value for name, value in dataclasses.asdict(cfg).items() if value is not None})
         name = ("TGRL-" if cfg.n_off else "") + cfg.algorithm.upper()
+        say(f"{name}: {self.steps} steps of {cfg.questions_per_rollout} questions, {cfg.n_on} + {cfg.n_off} answers to each, on {self.world} x {self.device.type}")
         bar = tqdm(total=self.steps, desc=name, unit="step", initial=first, disable=None if self.main else True)
         for step in range(first, self.steps + 1):  # record `step` holds the accuracy before this step's update; the last holds nothing else
             tally = Tally()
@@ -1452,6 +1453,7 @@ def toy_world(folder: Path, cfg: Config):
     datasets.disable_progress_bars()
     if folder.exists():
         return
+    say("warming up a base model, an expert and a student: about two minutes, once")
     folder, finished = folder.with_suffix(".tmp"), folder
     set_seed(0)
     rng, processor = random.Random(0), toy_processor(cfg.instruction)
