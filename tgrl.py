@@ -1363,7 +1363,7 @@ class Trainer:
 # A picture shows a w x h grid; asked is its area plus its edge. An answer reads the two sides off the picture (perception)
 # and then takes three steps (transitions), each by its right rule or a wrong one. The expert mostly follows the right ones.
 # The student sees as well as the expert, but nearly always goes wrong on the way from what it sees to the answer, which is
-# the failure of Fig. 1 (B): by itself it is right about once in 300 answers, so that exploration alone is slow.
+# the failure of Fig. 1 (B): by itself it is right about once in 1000 answers, so that exploration alone is slow.
 
 TOY_QUESTION = "<image>What is the area of the grid plus the length of its edge?"
 TOY_SIDES = range(1, 8)
