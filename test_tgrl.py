@@ -1345,7 +1345,8 @@ def test_any_number_of_processes_gives_the_same_update(folder, tmp_path, algorit
     """FSDP2 on gloo: gradients and weights after three updates, and each process keeps its share of weights and optimizer."""
     results = {}
     for world in (1, 2, 4) if algorithm == "grpo" else (1, 2):
-        options = folder.options | dict(algorithm=algorithm, out=str(tmp_path / str(world)), questions_per_rollout=8, questions_per_update=8, lr=1e-4)
+        options = folder.options | dict(algorithm=algorithm, out=str(tmp_path / str(world)), questions_per_rollout=8, questions_per_update=8,
+                                        lr=1e-4, checkpointing=True)  # fmt: skip
         torchrun(world, "update", options, tmp_path / f"result{world}")
         results[world] = load_file(tmp_path / f"result{world}.{world - 1}")
         assert results[world]["sizes"].max() < 1.1 / world
