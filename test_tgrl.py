@@ -1152,7 +1152,7 @@ def test_a_foreign_cache_is_refused(folder, tmp_path, key, value, words):
 
 def test_flawed_answers_are_left_out_one_by_one(world, tmp_path, capsys):
     good = dict(ids=[1, 2], logps=[-0.5, -0.1], reward=1.0, finished=True, text="")
-    flawed = [good | {"logps": [float("nan"), -1.0]}, good | {"logps": [0.5, -1.0]}, good | {"ids": [1, 999]}, good | {"logps": [-1.0]},
+    flawed = [good | {"logps": [float("nan"), -1.0]}, good | {"logps": [0.5, -1.0]}, good | {"ids": [1.0, 999]}, good | {"logps": [-1.0]},
               good | {"ids": [1, world.model.config.image_token_id]}]  # fmt: skip
     path = tmp_path / "experts.jsonl"
     lines = [{"tgrl_experts": 1, "model": "m"}, {"question": "a", "answers": [good]}, *({"question": "a", "answers": [f]} for f in flawed)]
@@ -1401,6 +1401,13 @@ def test_a_run_continues_on_more_and_on_fewer_processes_and_past_a_damaged_check
         (folder / "run.json").write_text("{")
     with pytest.raises(BadInput, match="nothing whole to continue from"):
         tgrl.Trainer(Config(**options)).fit()
+
+
+def test_a_kill_during_the_first_checkpoint_costs_only_the_steps_before_it(folder, tmp_path):
+    (tmp_path / "checkpoints" / "000002.tmp").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text('{"config": {}}\n{"step": 0}\n{"st')
+    assert tgrl.Trainer(folder.config(out=str(tmp_path), resume=True)).load_checkpoint() == 0
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 # ===== The command line, the README, the shape of the file =============================================================

@@ -868,7 +868,7 @@ def flaw(answer: dict, writable: set[int]) -> str | None:
     ids, logps = answer.get("ids"), answer.get("logps")
     if not ids or not isinstance(logps, list) or len(ids) != len(logps):
         return "ids and logps missing or of different length"
-    if not writable.issuperset(ids):
+    if not all(isinstance(i, int) and i in writable for i in ids):
         return "token ids that are vision tokens or outside the vocabulary"
     if not all(isinstance(x, int | float) and math.isfinite(x) for x in logps):
         return "log-probs that are not finite"
@@ -1276,8 +1276,8 @@ class Trainer:
 
     def load_checkpoint(self) -> int:
         """Continue from the newest whole checkpoint, on as many processes as there are now; -> the step to do next."""
-        step = 0
-        for folder in sorted(Path(self.cfg.out, "checkpoints").glob("??????"), reverse=True):
+        step, folders = 0, sorted(Path(self.cfg.out, "checkpoints").glob("??????"), reverse=True)
+        for folder in folders:
             try:
                 run, state = json.loads((folder / "run.json").read_text()), self.state()
                 dcp.load(state, checkpoint_id=folder)
@@ -1292,7 +1292,7 @@ class Trainer:
                 torch.cuda.set_rng_state(random_state["cuda"])
             step, self.position = run["step"], run["position"]
             break
-        if not step and Path(self.cfg.out, "checkpoints").exists():
+        if folders and not step:
             raise BadInput(f"{self.cfg.out}/checkpoints holds nothing whole to continue from; remove it to start anew")
         say(f"{self.cfg.out}: continues with step {step}" if step else f"{self.cfg.out} has no checkpoint to continue from; starts anew")
         for name in ("metrics.jsonl", "groups.jsonl"):  # steps that will be done again
