@@ -407,7 +407,7 @@ def bench(questions: int, answers: int, tokens: int, pixels: int, hidden: int, l
     model = tgrl.tiny_model(processor.tokenizer, hidden, layers, layers)
     encoder, rng = tgrl.Encoder(processor, model, cfg), random.Random(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = tgrl.Policy(model, tgrl.unwritable_tokens(model, processor.tokenizer)).to(device)
+    policy = tgrl.Policy(model, encoder.unwritable).to(device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
     together = []
     for _ in range(questions):

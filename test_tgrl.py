@@ -531,7 +531,7 @@ def test_reward_reads_the_last_box():
     assert type(reward(r"\boxed{60}", "60")) is float
 
 
-@pytest.mark.parametrize("hostile", ["9^{9^{9^9}}", "{" * 390])
+@pytest.mark.parametrize("hostile", ["9^{9^{9^9}}", "((9!)!)!"])
 def test_a_timeout_is_a_counted_zero(hostile):
     before, start = math_verify.errors["timeout"], time.monotonic()
     assert not is_equivalent(hostile, "57")
@@ -770,7 +770,8 @@ def make_groups(world, n_groups=3, n_answers=4, seed=0, experts=True):
             ids = [rng.randrange(10, 300) for _ in range(rng.choice([0, 3, 8, 13]) if i else 0)] + [world.encoder.ends[-1]]
             right = float(rng.random() < 0.5)
             expert = experts and i == n_answers - 1
-            answers.append(tgrl.Trajectory(ids, "", right, "expert" if expert else "policy", behavior_logp=-3 * torch.rand(len(ids))))
+            source = "expert" if expert else "policy"
+            answers.append(tgrl.Trajectory(ids, "", right, source, kept=right == 1 or not expert, behavior_logp=-3 * torch.rand(len(ids))))
         groups.append(tgrl.Group(problem, world.encoder(problem), answers))
     return groups
 
@@ -832,11 +833,11 @@ def test_gradient_checkpointing_changes_nothing(world):
     batch, grads = tgrl.pack(make_groups(world, 2)), []
     for enable in (False, True):
         if enable:
-            world.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            world.model.activation_checkpointing_enable()
         world.policy.train().zero_grad()
         world.policy(batch).sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in world.model.parameters()]))
-    world.model.gradient_checkpointing_disable()
+    world.model.activation_checkpointing_disable()
     world.policy.eval().zero_grad()
     assert torch.allclose(*grads, rtol=1e-5, atol=1e-6)
 
@@ -863,9 +864,10 @@ def test_gradient_does_not_depend_on_the_split(world, algorithm):
         world.policy.zero_grad()
         for i in range(0, 8, size):
             b = tgrl.pack(groups[i : i + size])
-            loss, _ = tgrl.tgrl_loss(world.policy(b), b.behavior_logp, b.mask, b.advantages, b.is_expert, b.expert_ok,
+            column = lambda name: tgrl.pad([getattr(t, name) for g in groups[i : i + size] for t in g.trajectories])  # noqa: B023, E731
+            loss, _ = tgrl.tgrl_loss(world.policy(b), column("behavior_logp"), b.mask, b.advantages, b.is_expert, b.expert_ok,
                                      tgrl.token_shares(b.mask, algorithm, *totals), sharpness=5.0, clip_low=0.2, clip_high=0.28,
-                                     kl_coef=0.01, ref_logp=b.ref_logp)  # fmt: skip
+                                     kl_coef=0.01, ref_logp=column("ref_logp"))  # fmt: skip
             loss.backward()
         grads.append(torch.cat([p.grad.flatten() for p in world.model.parameters()]))
     world.policy.zero_grad()
@@ -1232,7 +1234,11 @@ def test_dynamic_sampling_draws_again_and_is_bounded(folder, tmp_path, monkeypat
 
 def test_what_counts_as_contrast(folder, tmp_path):
     trainer = tgrl.Trainer(folder.config(out=str(tmp_path)))
-    group = lambda own, expert: tgrl.Group(None, None, [tgrl.Trajectory([1], "", r) for r in own] + [tgrl.Trajectory([1], "", expert, "x")])  # noqa: E731
+
+    def group(own, expert):
+        trainer.experts = {"q": [tgrl.Trajectory([1], "", expert, "x")]}
+        return tgrl.Group(None, None, [tgrl.Trajectory([1], "", r) for r in own] + trainer.pick_experts(SimpleNamespace(id="q"), 0))
+
     assert trainer.has_contrast(group([0.0, 0.0], 1.0))  # rescued by its expert
     assert not trainer.has_contrast(group([1.0, 1.0], 0.0))  # the masked expert alone keeps nothing
     assert not trainer.has_contrast(group([0.0, 0.0], 0.0)) and not trainer.has_contrast(group([1.0, 1.0], 1.0))
@@ -1427,7 +1433,7 @@ def test_options_come_from_the_dataclass(capsys):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["train", "--algorithm", "ppo"], "can be dapo or grpo"),
+    (["train", "--algorithm", "ppo"], "can be grpo or dapo"),
     (["train", "--n_on", "1", "--n_off", "0"], "nothing to compare"),
     (["train", "--questions_per_update", "100"], "not a multiple"),
     (["train", "--min_pixels", "9999999"], "larger than"),

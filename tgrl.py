@@ -24,6 +24,7 @@ What the paper leaves open, and what is chosen here and why, is a table in READM
 import argparse
 import base64
 import collections
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -38,7 +39,9 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -65,8 +68,8 @@ class BadInput(ValueError):
     """Something the user can mend: the message says what was wrong, where, and what to do."""
 
 
-def option(default, text, choices=None):
-    return field(default=default, metadata={"help": text, "choices": choices})
+def option(default, text):
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -87,7 +90,7 @@ class Config:
     max_prompt: int = option(2048, "questions of more tokens are left out, never cut [EasyR1]")
     max_answer: int = option(2048, "answers end after this many tokens [EasyR1]")
     # the method; None: by algorithm, see BY_ALGORITHM
-    algorithm: str = option("dapo", "dapo or grpo; with n_off > 0 TGRL-DAPO or TGRL-GRPO [paper]", ["dapo", "grpo"])
+    algorithm: str = option("dapo", "dapo or grpo; with n_off > 0 TGRL-DAPO or TGRL-GRPO [paper]")
     n_on: int = option(7, "answers of the policy in a group [paper, Geo3K; 4 for ViRL39K]")
     n_off: int = option(1, "answers of the expert in a group; 0: plain GRPO or DAPO [paper]")
     sharpness: float | None = option(None, "beta of Eq. 20 [paper: 5 for grpo, 14 for dapo]")
@@ -120,6 +123,7 @@ class Config:
     save_every: int = option(5, "steps between checkpoints to continue from; 0: none [EasyR1]")
     keep: int = option(3, "checkpoints kept [EasyR1]")
     resume: bool = option(False, "continue the run in --out from its newest whole checkpoint")
+    dry_run: bool = option(False, "check everything, run the largest rollout and update once, tell time and memory, write nothing")
     tracker: str = option("tensorboard", "any tracker accelerate knows (tensorboard, wandb, ...), or none")
     limit: int = option(0, "use only the first so many rows, of data and of val_data; 0: all")
     seed: int = option(1, "of data order and sampling [EasyR1]")
@@ -130,9 +134,8 @@ class Config:
     }
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
-                raise BadInput(f"--{f.name} is {getattr(self, f.name)!r}; it can be {' or '.join(f.metadata['choices'])}")
+        if self.algorithm not in self.BY_ALGORITHM:
+            raise BadInput(f"--algorithm is {self.algorithm!r}; it can be {' or '.join(self.BY_ALGORITHM)}")
         for name, value in self.BY_ALGORITHM[self.algorithm].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -149,6 +152,10 @@ class Config:
             )
         if self.min_pixels > self.max_pixels:
             raise BadInput(f"--min_pixels {self.min_pixels} is larger than --max_pixels {self.max_pixels}")
+
+    @property
+    def method(self) -> str:
+        return ("TGRL-" if self.n_off else "") + self.algorithm.upper()
 
 
 # ===== 2. Reward: is the boxed answer right?   Eq. 3 ==================================================================
@@ -389,6 +396,7 @@ from qwen_vl_utils import fetch_image, smart_resize  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict  # noqa: E402
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 import transformers  # noqa: E402
 from transformers import AutoConfig, AutoProcessor, DynamicCache, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
@@ -540,30 +548,21 @@ class Prompt:
         return int(self.positions.max()) + 1
 
 
-def end_tokens(model, tokenizer) -> list[int]:
-    """Every token that ends an answer; Qwen has two, one of which, <|endoftext|>, is the padding as well."""
-    ends = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])})
-
-
-def unwritable_tokens(model, tokenizer) -> Tensor:
-    """Ids no answer may hold: vision tokens, which would crash the next forward, and rows beyond the vocabulary.
-
-    They are left out of the softmax wherever a log-prob is taken, so that it is the one that was sampled from; and models
-    of one family that differ only in padding rows (151936 at 3B, 152064 at 32B) get the same support.
-    """
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    beyond = range(len(tokenizer), model.get_output_embeddings().out_features)
-    return torch.tensor(sorted({getattr(model.config, name) for name in names}.union(beyond)))
-
-
 class Encoder:
     """Question -> prompt, the same way for rollouts, experts, training and evaluation."""
 
     def __init__(self, processor, model, cfg: Config):
         self.processor, self.tokenizer, self.cfg = processor, processor.tokenizer, cfg
         self.rope_index = model.model.get_rope_index
-        self.ends, self.unwritable = end_tokens(model, self.tokenizer), unwritable_tokens(model, self.tokenizer)
+        # Every token that ends an answer; Qwen has two, one of which, <|endoftext|>, is the padding as well.
+        ends = model.generation_config.eos_token_id
+        self.ends = sorted({self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])})
+        # What no answer may hold: vision tokens, which would crash the next forward, and rows beyond the vocabulary. They are
+        # left out of the softmax wherever a log-prob is taken, so that it is the one that was sampled from; and models of one
+        # family that differ only in padding rows (151936 at 3B, 152064 at 32B) get the same support.
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        beyond = range(len(self.tokenizer), model.get_output_embeddings().out_features)
+        self.unwritable = torch.tensor(sorted({getattr(model.config, name) for name in names}.union(beyond)))
 
     def text(self, problem: Problem) -> str:
         """The chat, with one image token a picture."""
@@ -644,6 +643,7 @@ class Trajectory:
     reward: float
     source: str = "policy"  # or which expert
     finished: bool = True
+    kept: bool = True  # the filter m: an expert's wrong answer has no weight
     advantage: float = 0.0
     logp: Tensor | None = None  # [T] under the policy that is being trained
     behavior_logp: Tensor | None = None  # [T] under whoever wrote it: pi_old or pi_phi
@@ -674,8 +674,6 @@ class Pack:
     origin: Tensor  # [N, T] place in the flattened rows whose hidden state predicts this token
     target: Tensor  # [N, T]
     mask: Tensor  # [N, T] True: answer token, its end token included
-    behavior_logp: Tensor  # [N, T]
-    ref_logp: Tensor  # [N, T]
     advantages: Tensor  # [N]
     is_expert: Tensor  # [N]
     expert_ok: Tensor  # [N]
@@ -690,7 +688,7 @@ def pad(rows: list, value=0, multiple: int = 1) -> Tensor:
     return torch.stack([F.pad(row, (0, width - row.shape[-1]), value=value) for row in rows], -2)
 
 
-def pack(groups: list[Group], filter: bool = True) -> Pack:
+def pack(groups: list[Group]) -> Pack:
     """Lay out each group as one row (see the drawing); several groups are right-padded rows."""
     ids, positions, segments, origins = [], [], [], []
     for group in groups:
@@ -711,7 +709,6 @@ def pack(groups: list[Group], filter: bool = True) -> Pack:
     rows = pad(ids, multiple=8)  # [R, L] a multiple of 8, which the fused attention kernels ask for
     all_trajectories = [t for group in groups for t in group.trajectories]
     lengths = torch.tensor([len(t.ids) for t in all_trajectories])
-    column = lambda name: pad([torch.zeros(len(t.ids)) if getattr(t, name) is None else getattr(t, name) for t in all_trajectories])  # noqa: E731
     pictured = [group.prompt for group in groups if group.prompt.pixels is not None]
     return Pack(
         ids=rows,
@@ -722,19 +719,16 @@ def pack(groups: list[Group], filter: bool = True) -> Pack:
         origin=pad([row * rows.shape[1] + places for row, places in origins]),
         target=pad([torch.tensor(t.ids) for t in all_trajectories]),
         mask=torch.arange(lengths.max()) < lengths[:, None],
-        behavior_logp=column("behavior_logp"),
-        ref_logp=column("ref_logp"),
         advantages=torch.tensor([t.advantage for t in all_trajectories]),
         is_expert=torch.tensor([t.is_expert for t in all_trajectories]),
-        expert_ok=torch.tensor([t.reward == 1 or not filter for t in all_trajectories]),  # Eq. 22
+        expert_ok=torch.tensor([t.kept for t in all_trajectories]),
     )
 
 
-def attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """[R, L] -> [R, 1, L, L]: 0 where a token sees another, minus infinity (in effect) where not. Padding sees itself."""
+def attention_mask(segments: Tensor) -> Tensor:
+    """[R, L] -> [R, 1, L, L]: which tokens (last) each token sees. Padding sees itself, as a softmax over nothing is not defined."""
     query, key = segments[:, :, None], segments[:, None, :]
-    seen = ((key == 0) | (key == query)).tril()  # [R, L, L]
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+    return ((key == 0) | (key == query)).tril()[:, None]
 
 
 class Policy(nn.Module):
@@ -763,7 +757,7 @@ class Policy(nn.Module):
         pixels, grid = (self.blank, pack.ids.new_tensor([[1, 2, 2]])) if pack.pixels is None else (pack.pixels, pack.grid)
         features = torch.cat(core.get_image_features(pixels, grid, return_dict=True).pooler_output).to(embeds)  # [image tokens, D]
         embeds = embeds.masked_scatter((pack.ids == self.model.config.image_token_id)[..., None], features)
-        mask = attention_mask(pack.segments, embeds.dtype)
+        mask = attention_mask(pack.segments)
         output = core.language_model(inputs_embeds=embeds, position_ids=pack.positions, attention_mask=mask, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1)[pack.origin[pack.mask]]  # [tokens, D] only where an answer token is predicted
         chunks = zip(hidden.split(self.HEAD_CHUNK), pack.target[pack.mask].split(self.HEAD_CHUNK))
@@ -925,6 +919,17 @@ def coverage(path: Path, experts: dict, problems: list[Problem]) -> str:
             f"{covered} of {len(problems)} questions ({covered / len(problems):.0%}) have a correct expert")  # fmt: skip
 
 
+@contextlib.contextmanager
+def naming_memory(what: str, lower: str):
+    """Out of memory becomes a message that says in what, and which option to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # the latter is a CPU's
+            raise
+        raise BadInput(f"out of memory in {what}; lower {lower}\n{str(error).splitlines()[0]}") from error
+
+
 def start_processes(**options) -> Accelerator:
     """Device, process group and reductions. While one process samples, others wait: longer than the usual ten minutes."""
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
@@ -958,7 +963,8 @@ def make_experts(cfg: Config):
     for n, same in itertools.groupby(todo[rank::world], key=missing):
         for part in batches(list(same), max(1, cfg.generate_batch // n)):
             prompts = [encoder(p) for p in part]
-            answers = sample(model, encoder, prompts, n)
+            with naming_memory(f"sampling {len(part) * n} answers at once", "--generate_batch or --max_answer"):
+                answers = sample(model, encoder, prompts, n)
             groups = [Group(p, q, [grade(ids, p, encoder) for ids in a]) for p, q, a in zip(part, prompts, answers)]
             records = []
             for group, logps in zip(groups, score(policy, groups, cfg.micro_batch)):
@@ -976,23 +982,21 @@ def make_experts(cfg: Config):
 # ===== 8. Training ====================================================================================================
 
 
-def shard(policy: Policy, accelerator: Accelerator):
-    """FSDP2: each block, and the root, keep 1/world of their float32 weights, gathered in bfloat16 when they run.
+def shard(policy: Policy, accelerator: Accelerator) -> Policy:
+    """FSDP2: each block, and the root, keep 1/world of their weights, gathered in bfloat16 when they run.
 
-    One process on a CPU has nothing to shard and computes in float32: the same code, minus this call.
+    Block by block to the device, so that it never holds all of them. One process on a CPU has nothing to shard and
+    computes in float32: the same code, minus this call.
     """
-    if accelerator.num_processes == 1 and accelerator.device.type == "cpu":
-        return
-    import torch.distributed as dist
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    if not dist.is_initialized():  # one GPU, started without a launcher: the same path in a world of one
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    compute = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    for block in [*policy.model.model.visual.blocks, *policy.model.model.language_model.layers]:
-        fully_shard(block, mp_policy=precision)
-    fully_shard(policy, mp_policy=precision)
+    if accelerator.num_processes > 1 or accelerator.device.type == "cuda":
+        if not torch.distributed.is_initialized():  # one GPU, started without a launcher: the same path in a world of one
+            torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        compute = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+        precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        for block in [*policy.model.model.visual.blocks, *policy.model.model.language_model.layers]:
+            fully_shard(block, mp_policy=precision)
+        fully_shard(policy, mp_policy=precision)
+    return policy.to(accelerator.device)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -1006,6 +1010,29 @@ def frozen_copy(model, dtype: torch.dtype):
     for p in twin.parameters():
         p.data = p.data.to(dtype)
     return twin
+
+
+def peak_memory() -> float:
+    """The most this process has held so far, in GiB: of the GPU's memory, or the machine's."""
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """Ctrl-C, or a scheduler's SIGTERM, becomes an entry of a list, to be looked at between steps; a second one stops at once."""
+    requests = []
+
+    def note(number, _):
+        requests.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step; once more to stop at once\n" * (os.environ.get("RANK", "0") == "0"))
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Tally(collections.defaultdict):
@@ -1047,6 +1074,8 @@ class Trainer:
         self.experts = self.load_experts() if cfg.n_off else {}
         self.build(model)
         self.steps = cfg.steps or max(1, cfg.epochs * len(self.problems) // cfg.questions_per_rollout)
+        self.sharpness = cfg.sharpness if cfg.reweight else None  # None: w = 1
+        self.checkpoints = Path(cfg.out, "checkpoints")
         self.position = 0  # questions drawn so far, by all processes
 
     def load_experts(self) -> dict[str, list[Trajectory]]:
@@ -1063,16 +1092,18 @@ class Trainer:
         cfg, cuda = self.cfg, self.device.type == "cuda"
         model.model.visual.requires_grad_(not cfg.freeze_vision)
         if cfg.checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        twin = lambda: frozen_copy(model, torch.bfloat16 if cuda else torch.float32).to(self.device)  # noqa: E731
-        self.reference = Policy(twin(), self.encoder.unwritable).to(self.device) if cfg.kl_coef else None
+            model.activation_checkpointing_enable()
+        twin = lambda: frozen_copy(model, torch.bfloat16 if cuda else torch.float32)  # noqa: E731
+        reference = Policy(twin(), self.encoder.unwritable) if cfg.kl_coef else None
         # The actor generates: whole weights in the dtype of computation. One process on a CPU needs no copy of them.
-        self.actor = twin() if self.world > 1 or cuda else model
-        self.policy = Policy(model, self.encoder.unwritable)
-        shard(self.policy, self.accelerator)  # block by block to the device, so that it never holds all of them in float32
-        self.policy.to(self.device)
+        self.actor = twin().to(self.device) if self.world > 1 or cuda else model
+        self.policy = shard(Policy(model, self.encoder.unwritable), self.accelerator)
+        self.reference = reference and shard(reference, self.accelerator)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
+
+    def weight_norm(self) -> float:
+        return float(whole(nn.utils.get_total_norm([p.detach() for p in self.policy.parameters()])))
 
     @torch.no_grad()
     def refresh_actor(self):
@@ -1107,14 +1138,18 @@ class Trainer:
         cached = cached[turn:] + cached[:turn]
         if self.cfg.prefer_correct:
             cached = sorted(cached, key=lambda t: -t.reward)
-        return [dataclasses.replace(t) for t in cached[: self.cfg.n_off]]
+        return [dataclasses.replace(t, kept=t.reward == 1 or not self.cfg.filter) for t in cached[: self.cfg.n_off]]  # Eq. 22
+
+    def sample(self, encoder: Encoder, prompts: list[Prompt]) -> list[list[list[int]]]:
+        with naming_memory(f"sampling {len(prompts) * self.cfg.n_on} answers at once", "--generate_batch or --max_answer"):
+            return sample(self.actor, encoder, prompts, self.cfg.n_on)
 
     def roll_out(self, drawn: list[tuple[int, Problem]]) -> list[Group]:
         """Groups with rewards and advantages: n_on answers of the policy, then the experts'."""
         groups = []
         for part in batches(drawn, max(1, self.cfg.generate_batch // self.cfg.n_on)):
             prompts = [self.encoder(problem) for _, problem in part]
-            for (epoch, problem), prompt, answers in zip(part, prompts, sample(self.actor, self.encoder, prompts, self.cfg.n_on)):
+            for (epoch, problem), prompt, answers in zip(part, prompts, self.sample(self.encoder, prompts)):
                 own = [grade(ids, problem, self.encoder) for ids in answers]  # Eq. 13
                 groups.append(Group(problem, prompt, own + self.pick_experts(problem, epoch)))  # Eq. 14
         for group in groups:
@@ -1125,8 +1160,7 @@ class Trainer:
 
     def has_contrast(self, group: Group, with_experts: bool = True) -> bool:
         """Do the rewards of the policy's answers and kept experts differ? If not, there is nothing to learn from the group."""
-        counts = lambda t: not t.is_expert or (with_experts and (t.reward == 1 or not self.cfg.filter))  # noqa: E731
-        return len({t.reward for t in group.trajectories if counts(t)}) > 1
+        return len({t.reward for t in group.trajectories if t.kept and (with_experts or not t.is_expert)}) > 1
 
     def collect(self, tally: Tally) -> list[Group]:
         """This process's share of a rollout batch. Dynamic sampling replaces groups without contrast, in at most max_draws draws."""
@@ -1163,7 +1197,7 @@ class Trainer:
         for name, policy in (("ref_logp", self.reference), ("behavior_logp", self.policy if several else None)):
             for group, logps in zip(groups, score(policy, groups, self.cfg.micro_batch) if policy else ()):
                 for trajectory, logp in zip(group.trajectories, logps):
-                    if not trajectory.is_expert:
+                    if name == "ref_logp" or not trajectory.is_expert:
                         setattr(trajectory, name, logp)
 
     # update
@@ -1176,18 +1210,22 @@ class Trainer:
         self.policy.train()
         for part in batches(groups, cfg.micro_batch):
             trajectories = [t for group in part for t in group.trajectories]
-            batch = pack(part, cfg.filter).to(self.device)
-            logp = self.policy(batch)  # [N, T]
+            batch = pack(part).to(self.device)
+            trouble = f"the update, {len(part)} groups at once in rows of {batch.ids.shape[1]} tokens", "--micro_batch, --max_answer or --max_pixels"
+            with naming_memory(*trouble):
+                logp = self.policy(batch)  # [N, T]
             for t, row in zip(trajectories, logp.detach().cpu()):
                 t.logp = row[: len(t.ids)]
-            fresh = torch.tensor([t.behavior_logp is None for t in trajectories], device=self.device)[:, None]  # written by this very policy
+                t.behavior_logp = t.logp if t.behavior_logp is None else t.behavior_logp  # None: written by this very policy
+            column = lambda name: pad([getattr(t, name) for t in trajectories]).to(self.device)  # noqa: E731 [N, T]
             loss, metrics = tgrl_loss(
-                logp, torch.where(fresh, logp.detach(), batch.behavior_logp), batch.mask, batch.advantages, batch.is_expert, batch.expert_ok,
+                logp, column("behavior_logp"), batch.mask, batch.advantages, batch.is_expert, batch.expert_ok,
                 token_shares(batch.mask, "dapo" if cfg.token_mean else "grpo", n_trajectories, n_tokens),
-                sharpness=cfg.sharpness if cfg.reweight else None, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
-                kl_coef=cfg.kl_coef, ref_logp=batch.ref_logp,
+                sharpness=self.sharpness, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
+                kl_coef=cfg.kl_coef, ref_logp=column("ref_logp") if cfg.kl_coef else None,
             )  # fmt: skip
-            (loss * self.world).backward()  # shares are of all processes, but sharded gradients are averaged over them
+            with naming_memory(*trouble):
+                (loss * self.world).backward()  # shares are of all processes, but sharded gradients are averaged over them
             tally.add(**metrics)
         norm = float(whole(nn.utils.clip_grad_norm_(self.policy.parameters(), cfg.max_grad_norm)))
         useful = signal > 0 or cfg.kl_coef > 0  # without any advantage, only weight decay and momentum would move
@@ -1208,24 +1246,23 @@ class Trainer:
 
     def show(self, step: int, groups: list[Group]):
         """For eval.py: real groups, with each token's log-probs, weight and coefficient."""
-        sharpness = self.cfg.sharpness if self.cfg.reweight else None
         for group in groups:
-            images, answers = [], []
+            images, batch = [], pack([group])
             for picture in self.encoder.pictures(group.problem):
                 picture.thumbnail((448, 448))
                 picture.save(buffer := io.BytesIO(), "PNG")
                 images.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
-            for t in group.trajectories:
-                logp, behavior = t.logp[None], (t.logp if t.behavior_logp is None else t.behavior_logp)[None]  # [1, T]
-                mask, expert, ok = torch.ones_like(logp), torch.tensor([t.is_expert]), torch.tensor([t.reward == 1 or not self.cfg.filter])
-                weight = expert_weights(logp, behavior, mask, sharpness) if t.is_expert and sharpness is not None else mask
-                numbers = dict(logp=logp, behavior_logp=behavior, weight=weight,
-                               coefficient=unified_coefficient(logp, behavior, mask, expert, ok, sharpness))  # fmt: skip
-                answers.append(
-                    dict(text=t.text, reward=t.reward, advantage=t.advantage, source=t.source, finished=t.finished)
-                    | {"tokens": [self.encoder.tokenizer.decode([i]) for i in t.ids]}
-                    | {name: [round(x, 5) for x in row[0].tolist()] for name, row in numbers.items()}
-                )
+            logp, behavior_logp = (pad([getattr(t, name) for t in group.trajectories]) for name in ("logp", "behavior_logp"))  # [G, T]
+            pair = logp, behavior_logp, batch.mask
+            weight = torch.ones_like(logp) if self.sharpness is None else expert_weights(*pair, self.sharpness)
+            coefficient = unified_coefficient(*pair, batch.is_expert, batch.expert_ok, self.sharpness)
+            numbers = dict(logp=logp, behavior_logp=behavior_logp, weight=weight, coefficient=coefficient)
+            answers = [
+                dict(text=t.text, reward=t.reward, advantage=t.advantage, source=t.source, finished=t.finished)
+                | {"tokens": [self.encoder.tokenizer.decode([i]) for i in t.ids]}
+                | {name: [round(x, 5) for x in rows[i, : len(t.ids)].tolist()] for name, rows in numbers.items()}
+                for i, t in enumerate(group.trajectories)
+            ]
             self.write("groups.jsonl", dict(step=step, question=group.problem.question, answer=group.problem.answer, images=images, answers=answers))
 
     def write(self, name: str, record: dict):
@@ -1255,28 +1292,42 @@ class Trainer:
     def random_state(self) -> dict[str, Tensor]:
         return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {})
 
+    def export(self, folder: Path):
+        """The trained model as from_pretrained reads it; the actor holds the whole weights, just refreshed."""
+        if self.main:
+            self.actor.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
+
     def save_checkpoint(self, step: int):
         """All a run continues from, as it is before `step`; written beside and renamed, so that a kill leaves the one before it whole."""
-        folder = Path(self.cfg.out, "checkpoints", f"{step:06}")
+        folder = self.checkpoints / f"{step:06}"
         beside = folder.with_suffix(".tmp")
-        if self.main:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
+        try:
+            if self.main:
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            dcp.save(self.state(), checkpoint_id=beside)  # each process writes its shards
+            save_file(self.random_state(), beside / f"random-{self.rank}.safetensors")
+            self.export(beside / "model")
+            if self.main:
+                (beside / "run.json").write_text(json.dumps(dict(step=step, position=self.position)))
+                shutil.rmtree(folder, ignore_errors=True)
+                beside.rename(folder)
+                for old in sorted(self.checkpoints.glob("??????"))[: -self.cfg.keep]:
+                    shutil.rmtree(old)
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            raise BadInput(f"cannot write {beside}: {error}\n{self.advice()}") from error
         self.accelerator.wait_for_everyone()
-        dcp.save(self.state(), checkpoint_id=beside)  # each process writes its shards
-        save_file(self.random_state(), beside / f"random-{self.rank}.safetensors")
-        self.accelerator.wait_for_everyone()
-        if self.main:
-            (beside / "run.json").write_text(json.dumps(dict(step=step, position=self.position)))
-            shutil.rmtree(folder, ignore_errors=True)
-            beside.rename(folder)
-            for old in sorted(folder.parent.glob("??????"))[: -self.cfg.keep]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+
+    def advice(self) -> str:
+        whole = sorted(self.checkpoints.glob("??????"))
+        return f"{whole[-1]} is whole; continue from it with --resume" if whole else "There is no checkpoint to continue from"
 
     def load_checkpoint(self) -> int:
         """Continue from the newest whole checkpoint, on as many processes as there are now; -> the step to do next."""
-        step, folders = 0, sorted(Path(self.cfg.out, "checkpoints").glob("??????"), reverse=True)
+        step, folders = 0, sorted(self.checkpoints.glob("??????"), reverse=True)
         for folder in folders:
             try:
                 run, state = json.loads((folder / "run.json").read_text()), self.state()
@@ -1293,7 +1344,7 @@ class Trainer:
             step, self.position = run["step"], run["position"]
             break
         if folders and not step:
-            raise BadInput(f"{self.cfg.out}/checkpoints holds nothing whole to continue from; remove it to start anew")
+            raise BadInput(f"{self.checkpoints} holds nothing whole to continue from; remove it to start anew")
         say(f"{self.cfg.out}: continues with step {step}" if step else f"{self.cfg.out} has no checkpoint to continue from; starts anew")
         for name in ("metrics.jsonl", "groups.jsonl"):  # steps that will be done again
             if self.main and (path := Path(self.cfg.out, name)).exists():
@@ -1319,41 +1370,69 @@ class Trainer:
         data = dict(questions=len(self.problems), held_out=len(self.held_out), with_expert=sum(bool(self.experts.get(p.id)) for p in self.problems))
         return dict(config=dataclasses.asdict(self.cfg), versions=versions, data=data, processes=self.world)
 
+    def rehearse(self):
+        """--dry_run: the largest rollout batch and the largest micro-batch, once. What they teach is thrown away."""
+        cfg, endless = self.cfg, copy.copy(self.encoder)
+        endless.unwritable = torch.cat([self.encoder.unwritable, torch.tensor(self.encoder.ends)])  # so that answers become max_answer long
+        problem = max(self.problems, key=self.encoder.length)
+        prompt, at_once = self.encoder(problem), max(1, cfg.generate_batch // cfg.n_on)
+        say(f"dry run: {self.steps} steps; the longest question has {len(prompt.ids)} tokens, the longest answer may have {cfg.max_answer}")
+        self.refresh_actor()
+        start = time.perf_counter()
+        answers = self.sample(endless, [prompt] * at_once)[0]
+        sampled, peaks = time.perf_counter(), [peak_memory()]
+        answers = [Trajectory(ids, "", 1.0, advantage=(-1.0) ** i) for i, ids in enumerate((answers + answers)[: cfg.n_on + cfg.n_off])]
+        self.update([Group(problem, prompt, answers)] * cfg.micro_batch, Tally())
+        updated, peaks = time.perf_counter(), [*peaks, peak_memory()]
+        mine = cfg.questions_per_rollout // self.world
+        rounds = math.ceil(mine / at_once) * (sampled - start) + math.ceil(mine / cfg.micro_batch) * (updated - sampled)
+        say(f"  sampling {at_once * cfg.n_on} answers at once  {sampled - start:7.1f} s   peak {peaks[0]:.1f} GiB\n"
+            f"  updating on {cfg.micro_batch} groups at once  {updated - sampled:7.1f} s   peak {peaks[1]:.1f} GiB\n"
+            f"It fits. A step would take {rounds / 60:.1f} minutes if every question and answer were as long. Nothing was written.")  # fmt: skip
+
+    def learn(self, step: int, tally: Tally):
+        """One step: answers and rewards, then an update on each share of them."""
+        start = time.perf_counter()
+        groups = self.collect(tally)
+        rolled = time.perf_counter()
+        self.set_log_probs(groups)
+        for part in batches(groups, self.cfg.questions_per_update // self.world):
+            self.update(part, tally)
+        tally.add(seconds=(time.perf_counter() - start, 1), seconds_rollout=(rolled - start, 1))
+        if self.main and (step % self.cfg.show_every == 0 or step == self.steps - 1):
+            self.show(step, groups[:4])
+
     def fit(self) -> dict:
         cfg = self.cfg
+        if cfg.dry_run:
+            return self.rehearse()
         if self.main:
             Path(cfg.out).mkdir(parents=True, exist_ok=True)
         first = self.load_checkpoint() if cfg.resume else 0
         if first == 0:
             self.write("metrics.jsonl", self.header())
         self.accelerator.init_trackers("tgrl", {name: value for name, value in dataclasses.asdict(cfg).items() if value is not None})
-        name = ("TGRL-" if cfg.n_off else "") + cfg.algorithm.upper()
-        say(f"{name}: {self.steps} steps of {cfg.questions_per_rollout} questions, {cfg.n_on} + {cfg.n_off} answers to each, on {self.world} x {self.device.type}")
-        bar = tqdm(total=self.steps, desc=name, unit="step", initial=first, disable=None if self.main else True)
-        for step in range(first, self.steps + 1):  # record `step` holds the accuracy before this step's update; the last holds nothing else
-            tally = Tally()
-            self.refresh_actor()
-            if self.held_out and (step % cfg.eval_every == 0 or step == self.steps):
-                tally.add(accuracy=self.evaluate())
-            if step < self.steps:
-                start = time.perf_counter()
-                groups = self.collect(tally)
-                rolled = time.perf_counter()
-                self.set_log_probs(groups)
-                for part in batches(groups, cfg.questions_per_update // self.world):
-                    self.update(part, tally)
-                tally.add(seconds=(time.perf_counter() - start, 1), seconds_rollout=(rolled - start, 1))
-                if self.main and (step % cfg.show_every == 0 or step == self.steps - 1):
-                    self.show(step, groups[:4])
-                bar.update()
-            metrics = self.report(step, tally)
-            if step < self.steps and cfg.save_every and (step + 1) % cfg.save_every == 0:
-                self.save_checkpoint(step + 1)
-        bar.close()
-        if self.main:  # the actor holds the whole weights, just refreshed
-            self.actor.save_pretrained(Path(cfg.out, "model"))
-            self.processor.save_pretrained(Path(cfg.out, "model"))
-        self.accelerator.wait_for_everyone()
+        say(f"{cfg.method}: {self.steps} steps of {cfg.questions_per_rollout} questions, {cfg.n_on} + {cfg.n_off} answers to each, on {self.world} x {self.device.type}")
+        bar = tqdm(total=self.steps, desc=cfg.method, unit="step", initial=first, disable=None if self.main else True)
+        with bar, stop_requests() as requests:
+            for step in range(first, self.steps + 1):
+                self.refresh_actor()
+                if not math.isfinite(self.weight_norm()):
+                    raise BadInput(f"before step {step} the weights are not finite. {self.advice()}, and a lower --lr")
+                leave = self.total(len(requests))[0] > 0
+                if cfg.save_every and step > first and (step % cfg.save_every == 0 or step == self.steps or leave):
+                    self.save_checkpoint(step)
+                if leave:
+                    say(f"stopped before step {step}. {self.advice()}")
+                    raise SystemExit(130)
+                tally = Tally()  # a record is about the policy before its step's update; the last holds its accuracy alone
+                if self.held_out and (step % cfg.eval_every == 0 or step == self.steps):
+                    tally.add(accuracy=self.evaluate())
+                if step < self.steps:
+                    self.learn(step, tally)
+                    bar.update()
+                metrics = self.report(step, tally)
+        self.export(Path(cfg.out, "model"))
         self.accelerator.end_training()
         return metrics
 
@@ -1484,10 +1563,10 @@ def toy(cfg: Config):
     make_experts(cfg)
     accuracy, answers = {}, cfg.n_on + cfg.n_off
     for n_off in sorted({0, cfg.n_off}):
-        name = ("TGRL-" if n_off else "") + cfg.algorithm.upper()
-        shutil.rmtree(out / name, ignore_errors=True)  # of an earlier toy
-        run = dataclasses.replace(cfg, model=f"{world}/student", out=f"{out}/{name}", n_on=answers - n_off, n_off=n_off)
-        accuracy[name] = Trainer(run).fit()["accuracy"]
+        run = dataclasses.replace(cfg, model=f"{world}/student", n_on=answers - n_off, n_off=n_off)
+        run.out = f"{out}/{run.method}"
+        shutil.rmtree(run.out, ignore_errors=True)  # of an earlier toy
+        accuracy[run.method] = Trainer(run).fit()["accuracy"]
     from eval import show  # the other file; here, because it is not needed to train
 
     print(f"\nHeld-out greedy accuracy after {cfg.steps} steps of {cfg.questions_per_rollout} questions, {answers} answers each:")
@@ -1527,6 +1606,8 @@ def main():
         COMMANDS[command][0](cfg)
     except BadInput as error:
         sys.exit(f"tgrl.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("tgrl.py: stopped")
 
 
 if __name__ == "__main__":
