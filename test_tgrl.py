@@ -4,12 +4,15 @@ import ast
 import dataclasses
 import inspect
 import io
+import itertools
 import json
 import math
 import os
 import random
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -1304,18 +1307,14 @@ def test_no_signal_no_step(folder, tmp_path):
 # ===== Several processes, and continuing ===============================================================================
 
 
-def worker(job: str, options: dict, result: str):
-    """What torchrun starts below, on each process: real Trainer, real sharding, real rollouts."""
-    tgrl.reward = lambda text, answer: float(len(text) % 2)  # a random model is never right; this gives groups with contrast
+def update_thrice(options: dict, experts: bool, result: str):
+    """Three updates on given groups; their gradients, the weights after them, and what this process holds of them, in a file."""
     trainer = tgrl.Trainer(Config(**options))
-    if job == "fit":
-        return trainer.fit()
-    world = SimpleNamespace(encoder=trainer.encoder)
     torch.manual_seed(0)
-    groups = make_groups(world, 8, seed=5)  # among them questions without a picture, and with two
+    groups = make_groups(SimpleNamespace(encoder=trainer.encoder), 8, seed=5, experts=experts)  # some without a picture, some with two
     for group in groups:
         for i, t in enumerate(group.trajectories):
-            t.advantage, t.reward = (1.0, -0.5, 0.25, 1.5)[i], 1.0
+            t.advantage, t.reward, t.kept = (1.0, -0.5, 0.25, 1.5)[i], 1.0, True
             t.behavior_logp, t.ref_logp = -3 * torch.rand(len(t.ids)), -3 * torch.rand(len(t.ids))
     gradients = []
     parameters = [p for p in trainer.policy.parameters() if p.requires_grad]
@@ -1331,36 +1330,146 @@ def worker(job: str, options: dict, result: str):
     assert torch.equal(weights, torch.cat([p.flatten() for p in trainer.actor.parameters()]))
     buffers = [dict(model.named_buffers()) for model in (trainer.actor, trainer.policy.model)]
     assert all(torch.equal(buffers[0][name], buffer) for name, buffer in buffers[1].items())
-    means = torch.tensor([sum(trainer.total(value)) / sum(trainer.total(count)) for value, count in tally.values()])
+    means = torch.tensor([sum(trainer.total(value)) / max(sum(trainer.total(count)), 1) for value, count in tally.values()])
     save_file(dict(gradients=torch.stack(gradients), weights=weights, sizes=sizes, means=means), f"{result}.{trainer.rank}")
 
 
-def torchrun(processes: int, job: str, options: dict, result: str = "", wait: bool = True):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def uneven(trainer):
+    """What the two processes meet differs as much as it can, and neither may wait for the other forever."""
+    first = trainer.rank == 0
+    groups = make_groups(SimpleNamespace(encoder=trainer.encoder), 4)
+    pictures = {number: 0 if g.prompt.grid is None else len(g.prompt.grid) for number, g in enumerate(groups)}
+    none, two = (next(number for number, count in pictures.items() if count == want) for want in (0, 2))
+    trainer.update([groups[none if first else two]] * 2, tgrl.Tally())
+    for t in (t for g in groups for t in g.trajectories):
+        t.ids, t.behavior_logp, t.ref_logp = (t.ids[:1] if first else t.ids * 3), None, torch.zeros(1 if first else 3 * len(t.ids))
+    trainer.update([groups[3]] * 2, tgrl.Tally())  # answers of one token here, of many there
+    trainer.encoder.cfg = dataclasses.replace(trainer.cfg, max_answer=1 if first else 24)
+    tgrl.reward = lambda text, answer: 0.0 if first else float(len(text) % 2)  # all groups degenerate here, hardly any there
+    trainer.learn(0, tally := tgrl.Tally())
+    assert (tally["filler"][0] > 0) == first
+    weights = torch.cat([tgrl.whole(p).flatten() for p in trainer.policy.parameters()])
+    assert trainer.total(weights.sum())[0] == 2 * float(weights.sum())
+
+
+def worker(job: str, options: dict, result: str):
+    """What torchrun starts below, on each process: real Trainer, real sharding, real rollouts, and some real trouble."""
+    tgrl.reward = lambda text, answer: float(len(text) % 2)  # a random model is never right; this gives groups with contrast
+    if job == "update":
+        for algorithm, experts in itertools.product(["grpo", "dapo"], [True, False]):
+            update_thrice(options | dict(algorithm=algorithm), experts, f"{result}.{algorithm}.{experts}")
+        return
+    trainer = tgrl.Trainer(Config(**options))
+    save, learn = trainer.save_checkpoint, trainer.learn
+    if job == "uneven":
+        uneven(trainer)
+    elif job == "memory":  # a real shortage: the address space may grow by 300 MB, the mask of one row has 20000^2 cells
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, -1))
+        group = make_groups(SimpleNamespace(encoder=trainer.encoder), 1)[0]
+        group.trajectories = [tgrl.Trajectory([11] * 5000, "", 1.0, advantage=1.0) for _ in range(4)]
+        trainer.update([group], tgrl.Tally())
+    elif job == "disk":  # as if it were full from the second checkpoint on
+        trainer.save_checkpoint = lambda step: (step == 2 and resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1)), save(step))
+        trainer.fit()
+    elif job == "crash":
+        trainer.learn = lambda step, tally: 1 // 0 if trainer.rank == 1 and step == 1 else learn(step, tally)
+        trainer.fit()
+    else:
+        trainer.fit()
+
+
+def torchrun(processes: int, job: str, options: dict, result: str = "", wait: bool = True, fails: bool = False, nodes: str = "--standalone"):
+    command = [sys.executable, "-m", "torch.distributed.run", *nodes.split(), "--nproc-per-node", str(processes)]
     command = [*command, __file__, job, json.dumps(options), str(result)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    if wait:
-        process.communicated = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, process.communicated
+    return finish(process, fails) if wait else process
+
+
+def finish(process, fails: bool = False):
+    """Wait, but not forever: a hang is a failure, too."""
+    try:
+        process.said = process.communicate(timeout=240)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert (process.returncode != 0) == fails, process.said
     return process
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "dapo"])
-def test_any_number_of_processes_gives_the_same_update(folder, tmp_path, algorithm):
-    """FSDP2 on gloo: gradients and weights after three updates, and each process keeps its share of weights and optimizer."""
-    results = {}
-    for world in (1, 2, 4) if algorithm == "grpo" else (1, 2):
-        options = folder.options | dict(algorithm=algorithm, out=str(tmp_path / str(world)), questions_per_rollout=8, questions_per_update=8,
-                                        lr=1e-4, checkpointing=True)  # fmt: skip
-        torchrun(world, "update", options, tmp_path / f"result{world}")
-        results[world] = load_file(tmp_path / f"result{world}.{world - 1}")
-        assert results[world]["sizes"].max() < 1.1 / world
-    for world, r in results.items():
-        for got, want in zip(r["gradients"], results[1]["gradients"]):
-            assert want.norm() > 1e-3 and (got - want).norm() <= 1e-6 * want.norm(), world
-        assert (r["weights"] - results[1]["weights"]).norm() <= 1e-6 * r["weights"].norm()
-        assert torch.allclose(r["means"], results[1]["means"], rtol=1e-4)
+def test_any_number_of_processes_gives_the_same_updates(folder, tmp_path):
+    """FSDP2 on gloo: the same gradients and weights on 1, 2 and 4 processes, and on 2 "nodes"; each process keeps its share."""
+    options = folder.options | dict(questions_per_rollout=8, questions_per_update=8, lr=1e-4, checkpointing=True)
+    for processes in (1, 2, 4):
+        torchrun(processes, "update", options | dict(out=str(tmp_path / str(processes))), tmp_path / str(processes))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = f"--nnodes 2 --master-addr 127.0.0.1 --master-port {port} --node-rank "
+    agents = [torchrun(1, "update", options | dict(out=str(tmp_path / "nodes")), tmp_path / "nodes", wait=False, nodes=place + n) for n in "01"]
+    for agent in agents:
+        finish(agent)
+    for algorithm, experts in itertools.product(["grpo", "dapo"], [True, False]):
+        want = load_file(tmp_path / f"1.{algorithm}.{experts}.0")
+        for name, rank, world in (("2", 1, 2), ("4", 3, 4), ("nodes", 1, 2)):
+            got = load_file(tmp_path / f"{name}.{algorithm}.{experts}.{rank}")
+            assert got["sizes"].max() < 1.1 / world
+            for a, b in zip(got["gradients"], want["gradients"]):
+                assert b.norm() > 1e-3 and (a - b).norm() <= 1e-6 * b.norm(), (name, algorithm, experts)
+            assert (got["weights"] - want["weights"]).norm() <= 1e-6 * want["weights"].norm()
+            assert torch.allclose(got["means"], want["means"], rtol=1e-4, atol=1e-7)
+        two, nodes = (load_file(tmp_path / f"{name}.{algorithm}.{experts}.0")["weights"] for name in ("2", "nodes"))
+        assert torch.equal(two, nodes)
+
+
+def test_unequal_processes_do_not_hang(folder, tmp_path):
+    options = folder.options | dict(algorithm="dapo", out=str(tmp_path), questions_per_rollout=4, questions_per_update=4, lr=1e-4, n_off=0, n_on=4)
+    torchrun(2, "uneven", options)
+
+
+def test_a_crash_of_one_process_ends_all_with_its_error(folder, tmp_path):
+    start = time.monotonic()
+    said = torchrun(2, "crash", folder.options | dict(out=str(tmp_path), steps=50), fails=True).said
+    assert "ZeroDivisionError" in said and time.monotonic() - start < 100
+
+
+def test_out_of_memory_names_what_to_lower(folder, tmp_path):
+    said = torchrun(1, "memory", folder.options | dict(out=str(tmp_path)), fails=True).said
+    assert re.search(r"out of memory in the update, 1 groups at once in rows of 20\d+ tokens; lower --micro_batch, --max_answer", said), said
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_costs_no_checkpoint(folder, tmp_path, processes):
+    options = folder.options | dict(out=str(tmp_path), steps=4, save_every=1)
+    said = torchrun(processes, "disk", options, fails=True).said
+    assert "000002.tmp" in said and "cannot write" in said and "checkpoints/000001 is whole; continue from it with --resume" in said
+    torchrun(processes, "fit", options | dict(resume=True))
+    assert [r["step"] for r in read_metrics(tmp_path)[1:]] == list(range(5))
+
+
+def test_weights_that_are_not_finite_stop_the_run(folder, tmp_path):
+    trainer = tgrl.Trainer(folder.config(out=str(tmp_path), save_every=1, steps=4))
+    learn = trainer.learn
+
+    def spoil(step, tally):
+        learn(step, tally)
+        if step == 1:
+            next(trainer.policy.parameters()).data[0] = torch.nan
+
+    trainer.learn = spoil
+    with pytest.raises(BadInput, match="before step 2 the weights are not finite. .*000001 is whole"):
+        trainer.fit()
+
+
+def test_a_dry_run_tries_the_largest_and_writes_nothing(folder, tmp_path, capsys):
+    trainer = tgrl.Trainer(folder.config(out=str(tmp_path / "out"), dry_run=True))
+    sizes, update = [], trainer.update
+    trainer.update = lambda groups, tally: sizes.append([len(t.ids) for g in groups for t in g.trajectories]) or update(groups, tally)
+    trainer.fit()
+    said = capsys.readouterr().out
+    assert sizes == [[8, 8, 8, 8]] and not (tmp_path / "out").exists()
+    assert "sampling 12 answers at once" in said and "updating on 1 groups at once" in said and "GiB" in said and "It fits." in said
 
 
 def same_runs(a: Path, b: Path):
@@ -1372,23 +1481,42 @@ def same_runs(a: Path, b: Path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_continues_bit_for_bit(folder, tmp_path, processes):
-    """Six steps; against them a run killed by SIGKILL after some steps, and continued."""
+@pytest.fixture(scope="module", params=[1, 2])
+def undisturbed(request, folder, tmp_path_factory):
+    """Six steps on one process, and on two, to which disturbed runs are compared."""
     options = folder.options | dict(steps=6, save_every=2, lr=1e-3, algorithm="grpo", val_data=folder.options["data"], eval_every=3)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    torchrun(processes, "fit", options | dict(out=str(whole)))
+    whole = tmp_path_factory.mktemp("undisturbed")
+    torchrun(request.param, "fit", options | dict(out=str(whole)))
+    assert len(read_metrics(whole)) == 8
+    assert all(r["grad_norm"] for r in read_metrics(whole)[1:-1]), "the comparison needs gradients"
+    return SimpleNamespace(processes=request.param, options=options, out=whole)
+
+
+@pytest.mark.parametrize("_", range(int(os.environ.get("TGRL_KILLS", 1))))
+def test_a_killed_run_continues_bit_for_bit(undisturbed, tmp_path, _):
+    """SIGKILL to all processes at a random moment after the first checkpoint; then --resume."""
+    processes, options, killed = undisturbed.processes, undisturbed.options, tmp_path / "killed"
     process = torchrun(processes, "fit", options | dict(out=str(killed)), wait=False)
     while process.poll() is None and not (killed / "checkpoints" / "000002").exists():
         time.sleep(0.01)
-    time.sleep(random.random())
+    time.sleep(random.random() * 2)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() != 0, "the run was over before the kill"
     torchrun(processes, "fit", options | dict(out=str(killed), resume=True))
-    assert len(read_metrics(whole)) == 8
-    same_runs(whole, killed)
-    moved = [r["grad_norm"] for r in read_metrics(whole)[1:-1]]
-    assert all(moved), "the comparison needs gradients"
+    same_runs(undisturbed.out, killed)
+
+
+def test_ctrl_c_saves_and_leaves(undisturbed, tmp_path):
+    processes, options, stopped = undisturbed.processes, undisturbed.options, tmp_path / "stopped"
+    process = torchrun(processes, "fit", options | dict(out=str(stopped), save_every=100), wait=False)
+    while process.poll() is None and not (stopped / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)  # to the launcher alone, which passes it on
+    said = finish(process, fails=True).said
+    assert "stopped before step" in said and "is whole; continue from it with --resume" in said and said.count("stopping after this step") == 1
+    torchrun(processes, "fit", options | dict(out=str(stopped), resume=True))
+    same_runs(undisturbed.out, stopped)
 
 
 def test_a_run_continues_on_more_and_on_fewer_processes_and_past_a_damaged_checkpoint(folder, tmp_path):
@@ -1401,7 +1529,7 @@ def test_a_run_continues_on_more_and_on_fewer_processes_and_past_a_damaged_check
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["000004", "000006"]  # the last two are kept
     damaged = tmp_path / "checkpoints" / "000006"
     next(damaged.glob("*.distcp")).write_bytes(b"")
-    assert "000006 is damaged" in torchrun(1, "fit", options).communicated
+    assert "000006 is damaged" in torchrun(1, "fit", options).said
     assert [r["step"] for r in read_metrics(tmp_path)[1:]] == list(range(7))
     for folder in (tmp_path / "checkpoints").iterdir():
         (folder / "run.json").write_text("{")
