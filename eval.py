@@ -2,7 +2,7 @@
 
     python eval.py show runs/toy                     runs/toy/curves.png and runs/toy/groups.html
     python eval.py show runs/grpo runs/tgrl          the same for each run, and runs/curves.png with both in one figure
-    python eval.py bench                             what one update costs here: a group in one row, and in separate rows
+    python eval.py bench --model 3B                  what a step costs here: rollout, scoring, update; random weights, no download
 
 `show` reads what training wrote, metrics.jsonl and groups.jsonl, and nothing else: no model, no torch. It can be used
 while the training is still running. groups.html is one file without links to anything, to be mailed or archived as it is.
@@ -391,8 +391,43 @@ def show(runs: list[Path]) -> None:
 # ======================================================================================================================
 
 
-def bench(questions: int, answers: int, tokens: int, pixels: int, hidden: int, layers: int, repeats: int) -> None:
-    """Seconds of one update with each group in one row, beside the same update with each answer in a row of its own."""
+SHAPES = {  # of the published models; what is not named is the configuration's default, which is 7B's
+    "3B": (dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, vocab_size=151936), True),
+    "7B": (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064), False),
+}
+DEVICES = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.0e12), "L40S": (362e12, 0.86e12)}  # dense bfloat16 FLOP/s, bytes/s
+
+
+def build(name: str, device):
+    """(model, processor): random weights of a known shape, or a real model."""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    import tgrl
+
+    processor = tgrl.toy_processor("Think first.")
+    if name in ("toy", "small"):
+        return tgrl.tiny_model(processor.tokenizer, *dict(toy=(128, 3, 2), small=(256, 6, 6))[name]), processor
+    if name not in SHAPES:
+        return tgrl.load_model(name)
+    text, tied = SHAPES[name]
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=text["hidden_size"])
+    tokens = {f"{kind}_token_id": processor.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")}
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
+    config = Qwen2_5_VLConfig(text_config=text | dict(rope_parameters=rope), vision_config=vision, tie_word_embeddings=tied, **tokens)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Qwen2_5_VLForConditionalGeneration(config).parameters())
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    need = parameters * (18 if device.type == "cuda" else 16) / int(os.environ.get("WORLD_SIZE", 1) if device.type == "cuda" else 1)
+    if need > free:
+        raise BadRun(f"{name} has {parameters / 1e9:.2f} billion parameters: {need / 2**30:.0f} GiB with gradients and Adam's moments, and {free / 2**30:.0f} GiB are free here")
+    with device:
+        return Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+def bench(model: str, questions: int, answers: int, tokens: int, pixels: int, micro_batch: int, repeats: int, separate_rows: bool) -> None:
+    """What a step costs: rollout, scoring and update of some questions on each process; and the update with separate rows."""
+    import dataclasses
     import random
     import statistics
     import time
@@ -402,39 +437,88 @@ def bench(questions: int, answers: int, tokens: int, pixels: int, hidden: int, l
 
     import tgrl
 
-    cfg = tgrl.Config(**tgrl.TOY | dict(max_pixels=pixels**2))
-    processor = tgrl.toy_processor(cfg.instruction)
-    model = tgrl.tiny_model(processor.tokenizer, hidden, layers, layers)
-    encoder, rng = tgrl.Encoder(processor, model, cfg), random.Random(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = tgrl.Policy(model, encoder.unwritable).to(device)
+    accelerator = tgrl.start_processes()
+    device, world = accelerator.device, accelerator.num_processes
+    cuda, rng = device.type == "cuda", random.Random(accelerator.process_index)
+    cfg = tgrl.Config(**tgrl.TOY | dict(min_pixels=28 * 28, max_pixels=pixels**2, max_answer=tokens, max_prompt=10**6))
+    net, processor = build(model, device)
+    encoder = tgrl.Encoder(processor, net, cfg)
+    encoder.unwritable = torch.tensor([net.config.image_token_id, net.config.video_token_id, *encoder.ends])  # no answer ends early
+    layers, head = net.model.language_model.layers, net.lm_head.weight.numel()
+    blocks, towers = (sum(p.numel() for p in part.parameters()) for part in (layers, net.model.visual.blocks))
+    text, parameters = net.config.get_text_config(), sum(p.numel() for p in net.parameters())
+    if model not in ("toy", "small"):
+        net.activation_checkpointing_enable()
+    actor = tgrl.frozen_copy(net, torch.bfloat16 if cuda else torch.float32).to(device) if cuda or world > 1 else net
+    policy = tgrl.shard(tgrl.Policy(net, encoder.unwritable), accelerator)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
+
     together = []
     for _ in range(questions):
         noise = Image.frombytes("RGB", (pixels, pixels), rng.randbytes(3 * pixels * pixels))
-        problem = tgrl.read_problem({"images": [noise], "problem": "<image>What is shown?", "answer": "1"}, Path())
+        problem = tgrl.read_problem({"images": [noise], "problem": "<image>What is the area?", "answer": "1"}, Path())
         ids = [[rng.randrange(10, 300) for _ in range(tokens)] for _ in range(answers)]
         together.append(tgrl.Group(problem, encoder(problem), [tgrl.Trajectory(i, "", 0.0, advantage=rng.gauss(0, 1)) for i in ids]))
-    apart = [tgrl.Group(group.problem, group.prompt, [answer]) for group in together for answer in group.trajectories]
+    apart = [dataclasses.replace(group, trajectories=[answer]) for group in together for answer in group.trajectories]
 
-    def update(groups) -> float:
-        start = time.perf_counter()
-        batch = tgrl.pack(groups).to(device)
-        logp = policy(batch)
-        loss, _ = tgrl.tgrl_loss(logp, logp.detach(), batch.mask, batch.advantages, batch.is_expert, batch.expert_ok,
-                                 tgrl.token_shares(batch.mask, "dapo"), sharpness=14.0, clip_low=0.2, clip_high=0.28)  # fmt: skip
-        loss.backward()
+    def rollout():
+        tgrl.sample(actor, encoder, [group.prompt for group in together], answers)
+
+    def scoring():
+        tgrl.score(policy, together, micro_batch)
+
+    def update(groups=together, size=micro_batch):
+        policy.train()
+        for part in tgrl.batches(groups, size):
+            batch = tgrl.pack(part).to(device)
+            logp = policy(batch)
+            shares = tgrl.token_shares(batch.mask, "dapo", n_tokens=questions * answers * tokens)
+            loss, _ = tgrl.tgrl_loss(logp, logp.detach(), batch.mask, batch.advantages, batch.is_expert, batch.expert_ok, shares,
+                                     sharpness=14.0, clip_low=0.2, clip_high=0.28)  # fmt: skip
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device}, {torch.get_num_threads()} threads; "
-          f"{questions} questions of {len(together[0].prompt.ids)} tokens, {answers} answers of {tokens} to each")  # fmt: skip
-    timings = [(update(together), update(apart)) for _ in range(repeats + 1)][1:]  # in turns; the first is a warm-up
-    one, many = (statistics.median(column) for column in zip(*timings))
-    print(f"one update, median of {repeats}:  a group in one row {one:.2f} s   separate rows {many:.2f} s   ratio {one / many:.2f}")
+    jobs = {"rollout": rollout, "scoring": scoring, "update": update}
+    if separate_rows:
+        jobs["separate rows"] = lambda: update(apart, micro_batch * answers)
+    seconds, peaks = {name: [] for name in jobs}, {}
+    for _ in range(repeats + 1):  # in turns
+        for name, job in jobs.items():
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            job()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+            peaks[name] = tgrl.peak_memory()
+    if not accelerator.is_main_process:
+        return
+
+    kind = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    peak, bandwidth = next((numbers for name, numbers in DEVICES.items() if name in kind), (None, None))
+    prompt, patches = len(together[0].prompt.ids), sum(len(g.prompt.pixels) for g in together)
+    answered, row = questions * answers * tokens, questions * (prompt + answers * tokens)
+    forward = {"rollout": row, "scoring": row, "update": row, "separate rows": questions * answers * (prompt + tokens)}
+    print(f"{model}: {parameters / 1e9:.4g} B parameters on {world} x {kind}; on each: {questions} questions of {prompt} tokens, {answers} answers of {tokens} to each")
+    print(f"median of {repeats}        seconds  answer tokens/s   TFLOP/s  of peak   peak GiB")
+    for name, times in seconds.items():
+        time_, passes = statistics.median(times[1:]), 6 if name in ("update", "separate rows") else 2
+        pictures = patches * (answers if name == "separate rows" else 1)
+        flops = passes * (blocks * forward[name] + head * answered + towers * pictures) / time_
+        share, held = f"{flops / peak:8.1%}" if peak else "       –", f"{peaks[name]:8.1f}" if cuda else "       –"
+        print(f"{name:16}  {time_:10.3f}  {answered / time_:15.0f}  {flops / 1e12:8.3g} {share}   {held}")
+    if bandwidth:
+        context = prompt + tokens / 2
+        cache = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * context * questions * answers
+        bound = 2 * (blocks + head + cache) * tokens / bandwidth
+        print(f"rollout: {bound / statistics.median(seconds['rollout'][1:]):.0%} of what reading weights and cache once a token would allow")
+    if separate_rows:
+        ratio = statistics.median(seconds["update"][1:]) / statistics.median(seconds["separate rows"][1:])
+        print(f"a group in one row takes {ratio:.2f} of the time of separate rows")
+    print("FLOPs: 2 a weight and token forward, 6 with the backward pass; neither attention nor recomputation is counted.")
 
 
 VERBS = {"show": show, "bench": bench}  # each takes what its arguments are called
@@ -445,10 +529,12 @@ def main():
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verb = verbs.add_parser("show", help="curves and recorded groups of finished or running trainings")
     verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that `tgrl.py train --out` wrote")
-    verb = verbs.add_parser("bench", help="what one update costs here, with a small random model")
-    shape = dict(questions=4, answers=8, tokens=64, pixels=448, hidden=256, layers=6, repeats=5)
+    verb = verbs.add_parser("bench", help="what a step costs here, with random weights")
+    verb.add_argument("--model", default="small", help="toy, small (hidden 256, 6 + 6 blocks), 3B, 7B, or a hub id or folder; default small")
+    shape = dict(questions=4, answers=8, tokens=64, pixels=448, micro_batch=4, repeats=5)
     for name, default in shape.items():
         verb.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}")
+    verb.add_argument("--separate_rows", action=argparse.BooleanOptionalAction, default=True, help="also the update with a row for each answer")
     options = vars(parser.parse_args())
     try:
         VERBS[options.pop("verb")](**options)

@@ -281,6 +281,8 @@ def is_equivalent(prediction: str, answer: str) -> bool:
         prediction, answer = (re.sub(r"^[^\d=<>!+*/^,-]+= *", "", text) for text in (prediction, answer))
     if len({re.sub(r" |\\?%$", "", text).lower() for text in (prediction, answer)}) == 1:
         return True
+    if prediction.isdecimal() and answer.isdecimal():
+        return int(prediction) == int(answer)  # the usual case, without the few milliseconds of the general one
     if re.fullmatch("[A-Za-z ]+", prediction) or re.fullmatch("[A-Za-z ]+", answer):
         return False  # words are no products of letters: AB is not BA
     return math_verify(prediction, answer)
