@@ -58,13 +58,13 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise BadRun(f"there is no folder {folder}; give the folder that `tgrl.py train --out` wrote")
     header, *steps = read_lines(folder / "metrics.jsonl") or [{}]
-    if not steps or "config" not in header:
+    if not steps or "method" not in header:
         raise BadRun(f"{folder / 'metrics.jsonl'} has no finished step; wait for the first step, or train again")
     groups = read_lines(folder / "groups.jsonl")
     if not groups:
         raise BadRun(f"{folder / 'groups.jsonl'} has no groups; wait for the first step, or train again")
     config = header["config"]
-    return Run(folder, config, steps, groups, ("TGRL-" if config["n_off"] else "") + config["algorithm"].upper())
+    return Run(folder, config, steps, groups, header["method"])
 
 
 def with_unique_names(runs: list[Run]) -> list[Run]:
@@ -91,6 +91,7 @@ PANELS = (
     Panel("Held-out accuracy", {"accuracy": ""}, percent=True, from_zero=False),
     Panel("Reward", {"reward": "policy", "expert_reward": "expert"}),
     Panel("Groups with contrast", {"contrast": "all", "rescued_by_expert": "only thanks to the expert"}, percent=True),
+    Panel("Wrong answers that the policy put right", {"rectified": ""}, percent=True),
     Panel("Entropy of the policy (nats)", {"entropy": ""}),
     Panel(r"Expert tokens: coefficient $\tilde{r}$ (Eq. 23)", {"expert_coefficient": ""}),
     Panel(r"Expert tokens: $\Delta$ (Eq. 18, nats)", {"expert_delta": ""}, from_zero=False),
@@ -212,7 +213,8 @@ summary { cursor: pointer; } .teaser { color: var(--ink); font-size: 14px; }
 .tokens i, .scale i { font-style: normal; }
 .tokens i { padding: 2px 0; border-radius: 2px; box-shadow: inset -1px 0 var(--code); unicode-bidi: isolate; }
 .tokens s { text-decoration: none; color: var(--soft); font-size: 11px; user-select: none; }
-.filtered { --heat: var(--grey); }
+.filtered { --heat: var(--grey); } .gone { color: var(--soft); text-decoration: line-through; } s.mark { text-decoration: none; }
+.text sup { color: var(--accent); font-size: 10px; padding-left: 2px; }
 .tokens i:hover, .tokens i:focus { outline: 2px solid var(--ink); outline-offset: 1px; }
 #tip { position: absolute; z-index: 2; padding: 9px 13px; border-radius: 8px; background: var(--ink); color: var(--card); font-size: 13px;
   line-height: 1.5; pointer-events: none; box-shadow: 0 4px 16px #0004; }
@@ -330,6 +332,18 @@ def answer_html(answer: dict) -> str:
     return f'<div class="answer"><div class="facts">{"".join(facts)}</div>{body}</div>'
 
 
+def story_html(story: dict) -> str:
+    """How the policy made an expert's answer of a wrong one, or tried: each step with its erosion, the cut, and what came after it."""
+    steps = "".join(
+        '<s class="mark">✂ cut</s> ' * (i == story["cut"]) + f'<span class="{"gone" if i >= story["cut"] else ""}">{html.escape(text)}<sup>{erosion:.1f}</sup></span> '
+        for i, (text, erosion) in enumerate(zip(story["steps"], story["erosion"]))
+    )
+    outcome = '<span class="right">✓ put right</span>' if story["tail"] else '<span class="wrong">✗ not put right</span>'
+    tail = f'<h3>Instead, with the picture again</h3><div class="text">{html.escape(story["tail"])}</div>' if story["tail"] else ""
+    return (f'<div class="answer"><div class="facts"><strong>a wrong answer, taken up again</strong>{outcome}<span>round {story["rounds"]}</span>'
+            f'<span>raised: the erosion of each step, in nats</span></div><div class="text">{steps}</div>{tail}</div>')  # fmt: skip
+
+
 def group_html(group: dict) -> str:
     pictures = []
     for i, uri in enumerate(group["images"], 1):  # only what tgrl.py embeds: the page must not fetch anything
@@ -343,7 +357,7 @@ def group_html(group: dict) -> str:
     flat = "" if any(answer["advantage"] for answer in answers) else "; all advantages are 0, so it teaches nothing"
     return f"""<article class="group"><div class="ask"><h3>Question</h3>{"".join(pictures)}<div class="text">{question}</div>
 <h3>Ground truth</h3><div class="text">{html.escape(group["answer"])}</div><h3>Group</h3><div>{right}{flat}</div></div>
-<div>{"".join(map(answer_html, answers))}</div></article>"""
+<div>{"".join(map(answer_html, answers))}{story_html(group["rectification"]) if "rectification" in group else ""}</div></article>"""
 
 
 def write_groups(run: Run, path: Path):

@@ -1,6 +1,8 @@
 """Proof that tgrl.py does what it says: `pytest -q`. Real Qwen2.5-VL classes with a tiny configuration, no mocks of them."""
 
 import ast
+import collections
+import contextlib
 import dataclasses
 import inspect
 import io
@@ -17,7 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,7 +107,7 @@ def oracle(b, algorithm, sharpness, kl_coef, eps=1e-6):
     length = [sum(row) for row in b.mask.tolist()]
     logp, behavior, ref = ([row[:k] for row, k in zip(x.tolist(), length)] for x in (b.logp, b.behavior_logp, b.ref_logp))
     expert, ok, rewards = b.is_expert.tolist(), b.expert_ok.tolist(), b.rewards.tolist()
-    advantages, weights, coefficients, shares, loss, metrics = [], [], [], [], 0.0, defaultdict(list)
+    advantages, weights, coefficients, shares, loss, metrics = [], [], [], [], 0.0, collections.defaultdict(list)
     for i in range(n):
         group = rewards[i // G]
         mu = sum(group) / G
@@ -315,7 +316,7 @@ def test_without_experts_it_is_grpo_and_dapo(algorithm, sharpness):
 
 def in_parts(b, algorithm, size, totals):
     """Loss, gradient and metrics summed over micro-batches of `size` groups."""
-    loss, grads, sums = 0.0, torch.zeros_like(b.logp), defaultdict(lambda: [0.0, 0])
+    loss, grads, sums = 0.0, torch.zeros_like(b.logp), collections.defaultdict(lambda: [0.0, 0])
     for start in range(0, len(b.rewards), size):
         part = groups_of(b, start, start + size)
         value, metrics = loss_of(part, algorithm, kl_coef=0.1, totals=totals)
@@ -1106,12 +1107,16 @@ def test_expert_log_probs_are_the_experts_own(folder, world):
             assert a["reward"] == tgrl.reward(a["text"], problem.answer)
 
 
+def command_line(options) -> list[str]:
+    pairs = ([f"--{name}", str(value)] if not isinstance(value, bool) else [f"--{'' if value else 'no-'}{name}"] for name, value in options.items())
+    return list(itertools.chain(*pairs))
+
+
 def test_experts_continue_after_a_kill(folder, tmp_path):
     """SIGKILL in the middle of a run and a torn last line: afterwards every question has its answers, none twice, none torn."""
     path = tmp_path / "experts.jsonl"
     options = folder.options | dict(experts=str(path), generate_batch=3, max_answer=40)
-    flags = [x for name, value in options.items() for x in ([f"--{name}", str(value)] if not isinstance(value, bool) else [f"--{'' if value else 'no-'}{name}"])]
-    process = subprocess.Popen([sys.executable, tgrl.__file__, "experts", *flags], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, tgrl.__file__, "experts", *command_line(options)], stderr=subprocess.DEVNULL)
     while process.poll() is None and (not path.exists() or len(path.read_bytes().splitlines()) < 3):
         time.sleep(0.02)
     process.kill()
@@ -1175,6 +1180,217 @@ def test_two_writers_do_not_tear_each_others_lines(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: tgrl.append_records(path, [{"i": i, "pad": "x" * 20000}] * 2), range(40)))
     assert sorted(json.loads(line)["i"] for line in path.read_text().splitlines()) == sorted([*range(40)] * 2)
+
+
+def test_generates_own_log_probs_are_those_of_the_scoring_forward(world):
+    """In chunks, so that finished answers leave in between."""
+    prompts, own = [world.encoder(make_problem(seed)) for seed in range(3)], []
+    answers = sample(world, prompts, 4, 20, chunk=6, logps=own)
+    groups = [tgrl.Group(None, p, [tgrl.Trajectory(ids, "", 0.0) for ids in a]) for p, a in zip(prompts, answers)]
+    for ids, seen, scored in zip(itertools.chain(*answers), own, itertools.chain(*tgrl.score(world.policy, groups, 2)), strict=True):
+        assert len(seen) == len(ids) and torch.allclose(torch.tensor(seen), scored, atol=1e-4)
+
+
+def test_experts_of_two_processes_continue_after_a_kill(folder, tmp_path):
+    """SIGKILL to both in the middle: afterwards every question has exactly its answers."""
+    path = tmp_path / "experts.jsonl"
+    options = folder.options | dict(experts=str(path), generate_batch=3, max_answer=40)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tgrl.__file__, "experts", *command_line(options)]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(launch, **quiet)
+    while process.poll() is None and (not path.exists() or len(path.read_bytes().splitlines()) < 3):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for _ in range(50):  # the launcher gives its workers sessions of their own; they end with it, or we end them
+        left = subprocess.run(["pgrep", "-f", str(path)], capture_output=True, text=True).stdout.split()
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        if not left:
+            break
+        time.sleep(0.1)
+    assert 3 <= len(path.read_bytes().splitlines()) < 7, "the kill came too late to show anything"
+    subprocess.run(launch, check=True, timeout=200, **quiet)
+    assert set(cached_answers(path).values()) == {3} and len(cached_answers(path)) == 6
+    assert len(path.read_bytes().splitlines()) == 7 and path.read_bytes().endswith(b"\n")
+
+
+def test_sampling_stops_once_an_answer_is_right(folder, tmp_path, monkeypatch):
+    calls = collections.Counter()
+
+    def right_at_the_second(text, answer):
+        calls[answer] += 1
+        return float(answer != "12" and calls[answer] == 2)  # one question is never answered right
+
+    monkeypatch.setattr(tgrl, "reward", right_at_the_second)
+    path = tmp_path / "experts.jsonl"
+    tgrl.make_experts(folder.config(experts=str(path), until_correct=True, samples=4))
+    answers = {p.id: p.answer for p in tgrl.load_problems(folder.options["data"])}
+    assert {answers[q]: n for q, n in cached_answers(path).items()} == {a: 4 if a == "12" else 2 for a in answers.values()}
+
+
+def test_texts_from_anywhere_are_scored_like_sampled_ones(folder, world, tmp_path, capsys):
+    problems = tgrl.load_problems(folder.options["data"])
+    texts = ["width 3, height 4. So \\boxed{7}", "area = 12\n\\boxed{é}", "It is <|image_pad|> \\boxed{7}<|im_end|>"]
+    lines = [{"row": p.row, "text": text} for p in problems[:2] for text in texts] + [{"row": 99, "text": "x"}, {"row": 1}]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    cfg = folder.config(experts=str(tmp_path / "scored.jsonl"), score=str(tmp_path / "texts.jsonl"))
+    tgrl.make_experts(cfg)
+    said = capsys.readouterr().out
+    assert "or that was left out: line 7" in said and "no text: line 8" in said
+    header, *records = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert header["texts"] == cfg.score and {r["question"] for r in records} == {p.id for p in problems[:2]}
+    for record in records:
+        group = tgrl.Group(None, world.encoder(next(p for p in problems if p.id == record["question"])), [])
+        assert [a["text"] for a in record["answers"]][:2] == texts[:2]
+        for a in record["answers"]:
+            assert a["ids"][-1] == world.processor.tokenizer.eos_token_id and a["ids"].count(a["ids"][-1]) == 1
+            assert not set(a["ids"]) & set(world.encoder.unwritable.tolist())  # a special token in a text is text
+            assert torch.allclose(torch.tensor(a["logps"]), separate_logp(world, group, SimpleNamespace(ids=a["ids"])), atol=1e-4)
+    before = (tmp_path / "scored.jsonl").read_text()
+    tgrl.make_experts(cfg)
+    assert (tmp_path / "scored.jsonl").read_text() == before  # nothing twice
+
+
+def test_a_closed_models_answers_are_assumed_certain_and_said_to_be(folder, tmp_path, capsys):
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"row": i, "text": "So \\boxed{7}"}) for i in range(6)))
+    cfg = folder.config(experts=str(tmp_path / "c.jsonl"), score=str(tmp_path / "texts.jsonl"), assume_certain=True)
+    tgrl.make_experts(cfg)
+    records = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    assert records[0]["assumed_certain"] and all(set(a["logps"]) == {0.0} for r in records[1:] for a in r["answers"])
+    capsys.readouterr()
+    tgrl.Trainer(folder.config(experts=str(tmp_path / "c.jsonl"), out=str(tmp_path / "out")))
+    assert "log pi_phi = 0 is assumed" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="assumed in one and computed in the other"):
+        tgrl.make_experts(dataclasses.replace(cfg, assume_certain=False))
+
+
+def test_a_spread_model_scores_the_same(folder, tmp_path):
+    tgrl.make_experts(folder.config(experts=str(tmp_path / "spread.jsonl"), spread=True))  # on a CPU there is one place to spread to
+    assert set(cached_answers(tmp_path / "spread.jsonl").values()) == {3}
+
+
+def test_stats_of_a_cache(tmp_path, capsys):
+    a = dict(ids=[5, 6], logps=[-1.0, -3.0], reward=1.0, finished=True, text="")
+    b = dict(ids=[5, 6, 7, 8], logps=[0.0] * 4, reward=0.0, finished=False, text="")
+    header = {"tgrl_experts": 1, "model": "m", "data": "d", "split": "train"}
+    lines = [header, {"question": "x", "answers": [a, b]}, {"question": "x", "answers": [a]}, {"question": "y", "answers": [b]}]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tgrl.make_experts(Config(stats=str(tmp_path / "c.jsonl")))
+    said = capsys.readouterr().out
+    for words in ("4 answers to 2 questions, 50.0% correct; 50.0% of the questions", "median 4, longest 4, 50.0% cut off", "-0.667; 1 answers"):
+        assert words in said, said
+    with pytest.raises(BadInput, match="does not exist"):
+        tgrl.make_experts(Config(stats="nowhere.jsonl"))
+    with pytest.raises(BadInput, match="--experts self is for train"):
+        tgrl.make_experts(Config(experts="self"))
+
+
+# ----- Experts that the policy makes itself
+
+
+def test_steps_are_sentences_and_lines(world):
+    tokenizer = world.processor.tokenizer
+    ids = tokenizer("<think>width 3, height 4. area = 3.5*4 = 12!\n\nedge = 14; total = 26</think>").input_ids
+    starts = tgrl.step_starts(ids, tokenizer)
+    pieces = [tokenizer.decode(ids[a:b]).strip() for a, b in itertools.pairwise([*starts, len(ids)])]
+    assert pieces == ["<think>width 3, height 4.", "area = 3.5*4 = 12!", "edge = 14;", "total = 26</think>"]
+    assert tgrl.step_starts([5], tokenizer) == [0] and tgrl.step_starts(tokenizer("no end").input_ids, tokenizer) == [0]
+
+
+def flawed_group(world, seed=0):
+    """A question and a wrong answer of four steps, as the world's random model would never write it."""
+    problem = make_problem(seed)
+    ids = world.processor.tokenizer("width 3. height 4. area = 12. total = 26").input_ids + [world.encoder.ends[-1]]
+    return tgrl.Group(problem, world.encoder(problem), [tgrl.Trajectory(ids, "", 0.0)])
+
+
+def test_a_step_is_as_eroded_as_its_most_regrettable_token(world, monkeypatch):
+    group = flawed_group(world)
+    flawed = group.trajectories[0]
+    story = tgrl.localise(world.policy, group, flawed, world.processor.tokenizer)
+    assert torch.allclose(flawed.logp, separate_logp(world, group, flawed), atol=1e-4)
+    prompt, ids = group.prompt, torch.tensor(flawed.ids)
+    row = torch.cat([prompt.ids, ids])[None]
+    world.model.model.rope_deltas = None
+    with torch.no_grad():
+        logits = world.model(input_ids=row, attention_mask=torch.ones_like(row), mm_token_type_ids=(row == world.model.config.image_token_id).int(),
+                             pixel_values=prompt.pixels, image_grid_thw=prompt.grid).logits[0, len(prompt.ids) - 1 : -1]  # fmt: skip
+    logp = logits.index_fill(-1, world.encoder.unwritable, -torch.inf).log_softmax(-1)
+    regret = logp.max(-1).values - logp.gather(1, ids[:, None])[:, 0]
+    for i, (a, b) in enumerate(itertools.pairwise([*story.starts, len(ids)])):
+        assert abs(story.erosion[i] - float(regret[a:b].max())) < 1e-4
+    for bound in (-1.0, sorted(story.erosion)[-2], 1e9):
+        monkeypatch.setattr(tgrl, "ERODED", bound)
+        suspect = tgrl.localise(world.policy, group, flawed, world.processor.tokenizer).suspect
+        assert suspect == (0 if bound < 0 else story.erosion.index(max(story.erosion)))
+
+
+def test_a_rectified_answer_joins_with_the_log_probs_it_was_sampled_with(world, monkeypatch):
+    """Verified in the second round, one step earlier; the log-probs are those of generate, under the prompts that produced each part."""
+    group, seen = flawed_group(world, 3), []
+    world.encoder.cfg = dataclasses.replace(world.cfg, tries=3, rounds=3, max_answer=40)
+    monkeypatch.setattr(tgrl, "ERODED", 1e9)
+    monkeypatch.setattr(tgrl, "localise", lambda *a, real=tgrl.localise: dataclasses.replace(real(*a), suspect=2))
+    real = tgrl.sample
+
+    def watching(actor, encoder, prompts, n, **options):
+        monkeypatch.setattr(tgrl, "reward", lambda text, answer: float(len(seen) == 2))  # nothing is right before the second round
+        seen.append((prompts[0], own := []))
+        return real(actor, encoder, prompts, n, logps=own)
+
+    monkeypatch.setattr(tgrl, "sample", watching)
+    set_seed(1)
+    for _ in range(20):  # until one of the tries has an end
+        seen.clear()
+        group.trajectories = group.trajectories[:1]
+        tgrl.rectify(world.model, world.encoder, [group])
+        if group.rectification.tail:
+            break
+    story, flawed, expert = group.rectification, *group.trajectories
+    assert expert.source == "self" and expert.is_expert and expert.kept and expert.finished and story.rounds == 2 and story.cut == story.starts[1]
+    assert expert.ids == flawed.ids[: story.cut] + story.tail
+    prompt, logps = seen[1]
+    own = next(x for x in logps if len(x) == len(story.tail) and torch.allclose(torch.tensor(x), expert.behavior_logp[story.cut :], atol=1e-4))
+    assert own and torch.allclose(expert.behavior_logp[: story.cut], separate_logp(world, group, flawed)[: story.cut], atol=1e-4)
+    looking = world.encoder(tgrl.look_again(group.problem))
+    assert prompt.ids.tolist() == looking.ids.tolist() + flawed.ids[: story.cut] and len(prompt.grid) == 2
+    again = separate_logp(world, tgrl.Group(group.problem, looking, []), SimpleNamespace(ids=expert.ids))[story.cut :]
+    assert torch.allclose(again, expert.behavior_logp[story.cut :], atol=1e-4)
+
+
+def test_rectifying_is_bounded_and_leaves_right_answers_alone(world, monkeypatch):
+    world.encoder.cfg = dataclasses.replace(world.cfg, tries=2, rounds=2, max_answer=12)
+    monkeypatch.setattr(tgrl, "reward", lambda text, answer: 0.0)
+    wrong, right, open_end = (flawed_group(world, seed) for seed in range(3))
+    right.trajectories[0].reward, open_end.trajectories[0].finished = 1.0, False
+    tgrl.rectify(world.model, world.encoder, [wrong, right, open_end])
+    assert wrong.rectification.tail is None and 1 <= wrong.rectification.rounds <= 2 and len(wrong.trajectories) == 1
+    assert right.rectification is None and open_end.rectification is None
+
+
+@pytest.mark.parametrize("source", ["self", "both"])
+def test_training_with_experts_of_its_own(folder, tmp_path, monkeypatch, source):
+    """No cache at all; and a cache, with its wrong answers replaced."""
+    monkeypatch.setattr(tgrl, "reward", lambda text, answer: float(len(text) % 5 == 0))
+    out = tmp_path / "out"
+    options = dict(experts="self") if source == "self" else dict(experts=folder.options["experts"] + ",self")
+    cfg = folder.config(**options, algorithm="dapo", out=str(out), tries=6, max_answer=24, lr=1e-3)
+    assert cfg.rectifies and cfg.cache == ("" if source == "self" else folder.options["experts"]) and cfg.method == "TGRL-DAPO-self"
+    trainer = tgrl.Trainer(cfg)
+    trainer.encoder.ends = list(range(20, 80))  # a random model hardly finds the end by itself
+    trainer.fit()
+    groups = [json.loads(line) for line in (out / "groups.jsonl").read_text().splitlines()]
+    assert any("rectification" in g for g in groups)
+    for g in groups:
+        experts = [a for a in g["answers"] if a["source"] != "policy"]
+        assert len(experts) <= 1 and all(a["reward"] == 1 for a in experts if a["source"] == "self")
+        if g.get("rectification", {}).get("tail"):
+            assert experts[0]["source"] == "self"
+    assert any(a["source"] == "self" for g in groups for a in g["answers"])
+    show([out])
+    assert "taken up again" in (out / "groups.html").read_text() and read_metrics(out)[1]["rectified"] is not None
 
 
 def read_metrics(out):
@@ -1566,6 +1782,7 @@ def test_options_come_from_the_dataclass(capsys):
     (["train", "--questions_per_update", "100"], "not a multiple"),
     (["train", "--min_pixels", "9999999"], "larger than"),
     (["train", "--micro_batch", "0"], "at least 1"),
+    (["experts", "--assume_certain"], "for texts that --score names"),
 ])  # fmt: skip
 def test_bad_options_are_explained(argv, words):
     with pytest.raises(BadInput, match=words):
@@ -1592,8 +1809,10 @@ def test_eval_escapes_what_models_write(tmp_path):
     nasty = "<script>alert(1)</script>\n</think>"
     tokens = dict(tokens=[nasty, "é"], logp=[-1.0, -2.0], behavior_logp=[-0.5, -1.0], weight=[0.2, 0.9], coefficient=[0.1, 0.3])
     answers = [dict(text=nasty, reward=0.0, advantage=-1.0, source=source, finished=True, **tokens) for source in ("policy", nasty)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [{"config": dataclasses.asdict(Config())}, {"step": 0, "reward": 0.5}])))
-    (tmp_path / "groups.jsonl").write_text(json.dumps(dict(step=0, question=nasty, answer=nasty, images=["https://example.org/x.png"], answers=answers)))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [{"method": nasty, "config": dataclasses.asdict(Config())}, {"step": 0, "reward": 0.5}])))
+    story = dict(steps=[nasty, nasty], erosion=[0.1, 3.0], cut=1, rounds=1, tail=nasty)
+    group = dict(step=0, question=nasty, answer=nasty, images=["https://example.org/x.png"], answers=answers, rectification=story)
+    (tmp_path / "groups.jsonl").write_text(json.dumps(group))
     show([tmp_path])
     page = (tmp_path / "groups.html").read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page and "example.org" not in page

@@ -23,6 +23,7 @@ What the paper leaves open, and what is chosen here and why, is a table in READM
 
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import copy
@@ -42,6 +43,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -79,7 +81,7 @@ class Config:
     data: str = option("hiyouga/geometry3k", "questions: hub id, .parquet, .jsonl, or a folder of them or of images [paper]")
     split: str = option("train", "split of a hub data set or folder")
     image_root: str = option("", "folder that relative image paths start from; empty: the data file's own folder")
-    experts: str = option("experts.jsonl", "cache of expert answers: written by experts, read by train when n_off > 0")
+    experts: str = option("experts.jsonl", "cache of expert answers; train also takes self, or cache.jsonl,self: the policy rectifies its own [IVR-R1]")
     val_data: str = option("", "held-out questions for greedy accuracy during training; empty: none")
     val_split: str = option("test", "split of val_data")
     out: str = option("runs/train", "folder of the run: metrics.jsonl, groups.jsonl, checkpoints, the trained model")
@@ -116,7 +118,15 @@ class Config:
     checkpointing: bool = option(True, "recompute activations in the backward pass, to save memory [EasyR1]")
     # the rollouts
     generate_batch: int = option(64, "answers generated at once on one process")
+    tries: int = option(8, "self: continuations sampled from the step before which an answer is cut")
+    rounds: int = option(3, "self: cuts, each one step before the last, until a continuation is right")
+    # the experts command
     samples: int = option(4, "experts: answers sampled a question")
+    until_correct: bool = option(False, "experts: sample one by one, and no more once one is right")
+    score: str = option("", "experts: instead of sampling, score the answers in this .jsonl, lines of {row, text}, as if --model had written them")
+    assume_certain: bool = option(False, "experts: with --score, store log-prob 0 for each token: of a closed model none is known")
+    spread: bool = option(False, "experts: one process, the model spread over all GPUs (device_map auto), if it does not fit one")
+    stats: str = option("", "experts: only tell what is in this cache")
     # what is shown and kept
     eval_every: int = option(5, "steps between greedy evaluations on val_data [EasyR1]")
     show_every: int = option(10, "steps between groups recorded for groups.html")
@@ -140,7 +150,7 @@ class Config:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         for name in ("n_on", "questions_per_rollout", "questions_per_update", "micro_batch", "generate_batch", "max_prompt", "max_answer",
-                     "max_draws", "samples", "eval_every", "show_every", "keep"):  # fmt: skip
+                     "max_draws", "tries", "rounds", "samples", "eval_every", "show_every", "keep"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.n_off < 0 or self.n_on + self.n_off < 2:
@@ -150,12 +160,22 @@ class Config:
                 f"--questions_per_rollout {self.questions_per_rollout} is not a multiple of "
                 f"--questions_per_update {self.questions_per_update}; every update needs its full share"
             )
+        if (self.assume_certain and not self.score) or (self.until_correct and self.score):
+            raise BadInput("--assume_certain is for texts that --score names, and --until_correct for answers that are sampled")
         if self.min_pixels > self.max_pixels:
             raise BadInput(f"--min_pixels {self.min_pixels} is larger than --max_pixels {self.max_pixels}")
 
     @property
+    def cache(self) -> str:
+        return self.experts.removesuffix("self").removesuffix(",") if self.n_off else ""
+
+    @property
+    def rectifies(self) -> bool:
+        return self.n_off > 0 and self.experts.endswith("self") and self.cache != self.experts
+
+    @property
     def method(self) -> str:
-        return ("TGRL-" if self.n_off else "") + self.algorithm.upper()
+        return ("TGRL-" if self.n_off else "") + self.algorithm.upper() + ("-self" if self.rectifies else "")
 
 
 # ===== 2. Reward: is the boxed answer right?   Eq. 3 ==================================================================
@@ -424,6 +444,7 @@ class Problem:
     question: str  # with one <image> where each picture goes
     images: list[bytes]  # encoded pictures, decoded when needed
     answer: str
+    row: int = -1  # where it stands in the data
 
 
 def picture_bytes(source, root: Path) -> bytes:
@@ -518,9 +539,9 @@ def load_problems(source: str, split: str = "train", image_root: str = "", limit
     """All questions that can be used; the others are left out and reported together."""
     root = Path(image_root or (source if Path(source).is_dir() else Path(source).parent))
 
-    def read(row):
+    def read(number, row):
         try:
-            return read_problem(row, root)
+            return dataclasses.replace(read_problem(row, root), row=number)
         except BadInput as reason:
             return str(reason)
 
@@ -530,7 +551,7 @@ def load_problems(source: str, split: str = "train", image_root: str = "", limit
         if not any(name in first for name in names):
             raise BadInput(f"{source} has no column {' or '.join(names)}; its columns are: {', '.join(first) or 'none, it is empty'}")
     with ThreadPoolExecutor() as pool:  # decoding pictures is most of the work, and runs outside the interpreter lock
-        results = list(pool.map(read, itertools.chain([first], rows)))
+        results = list(pool.map(read, itertools.count(), itertools.chain([first], rows)))
     report_left_out(source, [(n, r) for n, r in enumerate(results) if isinstance(r, str)], len(results))
     problems = [r for r in results if isinstance(r, Problem)]
     if not problems:
@@ -548,6 +569,12 @@ class Prompt:
     @property
     def next_position(self) -> int:  # where text goes on; a picture takes fewer positions than tokens
         return int(self.positions.max()) + 1
+
+    def followed_by(self, ids: list[int]) -> "Prompt":
+        """The same with the beginning of an answer behind it."""
+        places = (self.next_position + torch.arange(len(ids))).expand(3, -1)
+        ids = torch.cat([self.ids, torch.tensor(ids, dtype=torch.long)])
+        return dataclasses.replace(self, ids=ids, positions=torch.cat([self.positions, places], 1))
 
 
 class Encoder:
@@ -615,12 +642,12 @@ class Encoder:
         return {"tokenizer": digest(vocabulary), "prompt": digest(prompt, self.cfg.min_pixels, self.cfg.max_pixels)}
 
 
-def load_model(name: str, dtype=torch.float32):
+def load_model(name: str, dtype=torch.float32, **options):
     """A Qwen2.5-VL and its processor, from a hub id or a folder: safetensors only, no remote code."""
     try:
         if (kind := AutoConfig.from_pretrained(name).model_type) != "qwen2_5_vl":
             raise BadInput(f"--model {name} is a {kind}; this file trains Qwen2.5-VL")
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
         return model, AutoProcessor.from_pretrained(name)
     except OSError as error:
         raise BadInput(f"cannot load --model {name}: {error}\nGive a hub id (which needs the network once) or a folder.") from error
@@ -657,10 +684,24 @@ class Trajectory:
 
 
 @dataclass
+class Rectification:
+    """How the policy made, or did not make, an expert's answer of a wrong one; see rectify."""
+
+    flawed: Trajectory
+    starts: list[int]  # of its steps
+    erosion: list[float]  # of each step
+    suspect: int  # the step that seems to have gone wrong
+    rounds: int = 0
+    cut: int = 0  # tokens kept in the last round
+    tail: list[int] | None = None  # what led to the right answer after them
+
+
+@dataclass
 class Group:
     problem: Problem
     prompt: Prompt
     trajectories: list[Trajectory]
+    rectification: Rectification | None = None
 
 
 @dataclass
@@ -746,13 +787,18 @@ class Policy(nn.Module):
         pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         self.register_buffer("blank", torch.zeros(vision.spatial_merge_size**2, pixels), persistent=False)
 
-    def token_logp(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """hidden [tokens, D], target [tokens] -> log-probs [tokens], in float32."""
-        logits = self.model.lm_head(hidden).float()  # [tokens, V]
-        return -F.cross_entropy(logits.index_fill(-1, self.unwritable, -torch.inf), target, reduction="none")
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [tokens, D] -> [tokens, V], in float32."""
+        logits = self.model.lm_head(hidden).float()
+        return logits.index_fill(-1, self.unwritable.to(logits.device), -torch.inf)
 
-    def forward(self, pack: Pack) -> Tensor:
-        """-> logp [N, T], 0 at padding."""
+    def token_logp(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """hidden [tokens, D], target [tokens] -> log-probs [tokens]."""
+        logits = self.logits(hidden)
+        return -F.cross_entropy(logits, target.to(logits.device), reduction="none")
+
+    def hidden(self, pack: Pack) -> Tensor:
+        """-> [tokens, D]: the hidden states that predict answer tokens, in the order of pack.target[pack.mask]."""
         core = self.model.model
         embeds = core.get_input_embeddings()(pack.ids)  # [R, L, D]
         # Without any picture a blank one is encoded and not used: sharded vision blocks must run on all processes or none.
@@ -761,10 +807,15 @@ class Policy(nn.Module):
         embeds = embeds.masked_scatter((pack.ids == self.model.config.image_token_id)[..., None], features)
         mask = attention_mask(pack.segments)
         output = core.language_model(inputs_embeds=embeds, position_ids=pack.positions, attention_mask=mask, use_cache=False)
-        hidden = output.last_hidden_state.flatten(0, 1)[pack.origin[pack.mask]]  # [tokens, D] only where an answer token is predicted
+        hidden = output.last_hidden_state.flatten(0, 1)  # [R * L, D]
+        return hidden[pack.origin[pack.mask].to(hidden.device)]
+
+    def forward(self, pack: Pack) -> Tensor:
+        """-> logp [N, T], 0 at padding."""
+        hidden = self.hidden(pack)
         chunks = zip(hidden.split(self.HEAD_CHUNK), pack.target[pack.mask].split(self.HEAD_CHUNK))
         logp = torch.cat([checkpoint(self.token_logp, h, t, use_reentrant=False) for h, t in chunks])
-        return torch.zeros(pack.mask.shape, device=logp.device).masked_scatter(pack.mask, logp)
+        return torch.zeros(pack.mask.shape, device=pack.mask.device).masked_scatter(pack.mask, logp.to(pack.mask.device))
 
 
 @torch.no_grad()
@@ -782,11 +833,13 @@ def score(policy: Policy, groups: list[Group], micro_batch: int) -> list[list[Te
 
 
 @torch.no_grad()
-def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, greedy: bool = False, chunk: int = 256) -> list[list[list[int]]]:
+def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, greedy: bool = False, chunk: int = 256,
+           logps: list | None = None) -> list[list[list[int]]]:  # fmt: skip
     """n answers to each prompt, as token ids up to and with the first end token, by the model's own generate.
 
     Each question is encoded and prefilled once and its cache repeated for its answers. After each chunk of tokens the
-    finished answers leave the batch. Temperature 1 and nothing truncated, else pi_old is not what was sampled from.
+    finished answers leave the batch. Temperature 1 and nothing truncated, else pi_old is not what was sampled from. A list
+    given as `logps` gets the log-probs that generate itself had, of each answer.
     """
     device, core, training = actor.device, actor.model, actor.training
     ends, max_tokens = encoder.ends, encoder.cfg.max_answer
@@ -806,7 +859,14 @@ def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, greedy: bool 
     config = GenerationConfig(**sampling, use_cache=True, eos_token_id=ends, pad_token_id=ends[0], return_dict_in_generate=True)
     original, actor.generation_config = actor.generation_config, config
     unwritable, end_ids = encoder.unwritable.to(device), torch.tensor(ends, device=device)
-    forbid = lambda _, scores: scores.index_fill(-1, unwritable, -torch.inf)  # noqa: E731
+    watched = []  # log-probs of a chunk: [rows, 1] a token; the last still [rows, V], as its token is not chosen yet
+
+    def forbid(ids, scores):
+        scores = scores.index_fill(-1, unwritable, -torch.inf)
+        if logps is not None:
+            watched[-1:] = [*(x.gather(1, ids[:, -1:]) for x in watched[-1:]), scores.float().log_softmax(-1)]
+        return scores
+
     actor.eval()  # in training mode, gradient checkpointing would switch the cache off
     try:
         cache = DynamicCache(config=actor.config.get_text_config())
@@ -815,6 +875,7 @@ def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, greedy: bool 
         cache.batch_repeat_interleave(n)
         ids, seen, deltas = (x.repeat_interleave(n, 0) for x in (ids, seen, deltas))  # [B*n, ...]
         answers, open_rows = [[] for _ in ids], torch.arange(len(ids))
+        logps is None or logps.extend([] for _ in ids)
         for start in range(0, max_tokens, chunk):
             core.rope_deltas = deltas  # generate counts positions from this attribute, which the last batch has left behind
             out = actor.generate(ids, attention_mask=seen, past_key_values=cache, logits_processor=[forbid],
@@ -823,6 +884,11 @@ def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, greedy: bool 
             ended = torch.isin(new, end_ids)  # [rows, chunk]
             for row, tokens, stops in zip(open_rows.tolist(), new.tolist(), ended.tolist()):
                 answers[row] += tokens[: stops.index(True) + 1] if True in stops else tokens
+            if logps is not None:
+                watched[-1] = watched[-1].gather(1, new[:, -1:])
+                for row, values in zip(open_rows.tolist(), torch.cat(watched, 1).tolist()):
+                    logps[row] = (logps[row] + values)[: len(answers[row])]
+                watched.clear()
             stay = (~ended.any(1)).nonzero().flatten()
             if len(stay) == 0:
                 break
@@ -852,11 +918,13 @@ MISFIT = {
     "prompt": "it answers another prompt; give the --instruction, --min_pixels and --max_pixels it was sampled with, or sample anew",
     "sampling": "it was not sampled at temperature 1 without truncation, so its log-probs mean something else; sample anew",
     "model": "it holds another model's answers; give another --experts file, or that --model",
+    "assumed_certain": "log-probs are assumed in one and computed in the other; give another --experts file",
 }
 
 
 def cache_header(cfg: Config, encoder: Encoder) -> dict:
-    return {"tgrl_experts": 1, "model": cfg.model, "data": cfg.data, "split": cfg.split, "sampling": SAMPLING, **encoder.fingerprints()}
+    origin = {"model": cfg.model, "data": cfg.data, "split": cfg.split, "texts": cfg.score or None, "assumed_certain": cfg.assume_certain or None}
+    return {"tgrl_experts": 1, **origin, "sampling": SAMPLING, **encoder.fingerprints()}
 
 
 def flaw(answer: dict, writable: set[int]) -> str | None:
@@ -891,11 +959,14 @@ def read_cache(path: Path, wanted: dict, encoder: Encoder) -> dict[str, list[Tra
                 if reason := flaw(a, writable):
                     left_out.append((number, reason))
                 else:
-                    answer = Trajectory(a["ids"], a["text"], a["reward"], header["model"], a["finished"], behavior_logp=torch.tensor(a["logps"]))
+                    source = header.get("texts") or header["model"]
+                    answer = Trajectory(a["ids"], a["text"], a["reward"], source, a["finished"], behavior_logp=torch.tensor(a["logps"]))
                     experts[record["question"]].append(answer)
         except (ValueError, KeyError, TypeError, AttributeError):
             left_out.append((number, "torn line, as a kill leaves it" if number == len(lines) else "no record of answers"))
     report_left_out(path, left_out, len(left_out) + sum(map(len, experts.values())), "answer", "line")
+    if header.get("assumed_certain"):
+        say(f"{path}: log pi_phi = 0 is assumed of every token, so that Delta is -log pi_theta, and rho pi_theta itself")
     return experts
 
 
@@ -938,16 +1009,72 @@ def start_processes(**options) -> Accelerator:
     return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience], **options)
 
 
+def tell_stats(path: str):
+    """What is in a cache, by itself: no model, no data."""
+    header, *records = read_rows(path, "")
+    by_question = collections.defaultdict(list)
+    for record in records:
+        by_question[record["question"]] += record["answers"]
+    answers = [a for some in by_question.values() for a in some]
+    if not answers:
+        raise BadInput(f"{path} has no answers yet")
+    lengths, mean = sorted(len(a["ids"]) for a in answers), lambda values: statistics.fmean(map(float, values))
+    twice = len(answers) - len({(q, tuple(a["ids"])) for q, some in by_question.items() for a in some})
+    print(f"{path}: {header.get('texts') or 'samples'}, log-probs of {header['model']}, on {header['data']} ({header['split']})\n"
+          f"  {len(answers)} answers to {len(by_question)} questions, {mean(a['reward'] for a in answers):.1%} correct; "
+          f"{mean(any(a['reward'] == 1 for a in some) for some in by_question.values()):.1%} of the questions have a correct one\n"
+          f"  tokens: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}, {mean(not a['finished'] for a in answers):.1%} cut off\n"
+          f"  mean log-prob a token {sum(sum(a['logps']) for a in answers) / sum(lengths):.3f}; {twice} answers are there twice")  # fmt: skip
+
+
+def read_texts(path: str, problems: list[Problem], encoder: Encoder) -> dict[str, list[list[int]]]:
+    """Answers from anywhere, by question: lines of {"row": number of the row in --data, "text": ...}. Special tokens in a text are text."""
+    by_row, texts, left_out = {p.row: p for p in problems}, collections.defaultdict(list), []
+    for number, line in enumerate(read_rows(path, ""), 1):
+        text, problem = str(line.get("text") or "").strip(), by_row.get(line.get("row"))
+        if not text or not problem:
+            left_out.append((number, "row that --data has not, or that was left out" if text else "no text"))
+            continue
+        ids = encoder.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        texts[problem.id].append(ids + [encoder.tokenizer.eos_token_id])
+    report_left_out(path, left_out, len(left_out) + sum(map(len, texts.values())), "text", "line")
+    if not texts:
+        raise BadInput(f"{path} has no text for any row of --data; its lines should be {{\"row\": 0, \"text\": \"...\"}}")
+    return texts
+
+
+def expert_groups(policy: Policy, encoder: Encoder, part: list[Problem], n: int, texts: dict | None, gaps: list[float]) -> list[Group]:
+    """n answers to each question, sampled or the last n of its texts, graded, with their log-probs under the expert in behavior_logp."""
+    cfg, prompts, own = encoder.cfg, [encoder(p) for p in part], []
+    with naming_memory(f"sampling {len(part) * n} answers at once", "--generate_batch or --max_answer"):
+        answers = [texts[p.id][-n:] for p in part] if texts else sample(policy.model, encoder, prompts, n, logps=own)
+    groups = [Group(p, q, [grade(ids, p, encoder) for ids in a]) for p, q, a in zip(part, prompts, answers)]
+    trajectories = [t for group in groups for t in group.trajectories]
+    logps = [torch.zeros(len(t.ids)) for t in trajectories] if cfg.assume_certain else itertools.chain(*score(policy, groups, cfg.micro_batch))
+    for trajectory, logp in zip(trajectories, logps):
+        trajectory.behavior_logp = logp
+    gaps += [float((t.behavior_logp - torch.tensor(seen)).abs().max()) for t, seen in zip(trajectories, own)]
+    return groups
+
+
 def make_experts(cfg: Config):
-    """Sample `samples` answers a question from a strong model, score and grade them, and append them to the cache."""
-    check_exists(cfg.data)
+    """Sample answers from a strong model, or take them from a file; score and grade them, and append them to the cache."""
+    if cfg.stats:
+        return tell_stats(cfg.stats)
+    if cfg.rectifies:
+        raise BadInput("--experts self is for train: the policy makes them while it learns. Give a file to write to")
+    check_exists(cfg.data, cfg.score)
     accelerator = start_processes()
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     set_seed(cfg.seed + rank)
-    model, processor = load_model(cfg.model, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    spread = {"device_map": "auto"} if cfg.spread else {}
+    model, processor = load_model(cfg.model, torch.bfloat16 if torch.cuda.is_available() else torch.float32, **spread)
     encoder = Encoder(processor, model, cfg)
-    policy = Policy(model, encoder.unwritable).to(accelerator.device)
-    problems = list({p.id: p for p in encoder.load(cfg.data, cfg.split)}.values())  # each question once
+    policy = Policy(model if spread else model.to(accelerator.device), encoder.unwritable)
+    policy.blank = policy.blank.to(model.device)
+    problems = encoder.load(cfg.data, cfg.split)
+    texts = read_texts(cfg.score, problems, encoder) if cfg.score else None
+    problems = list({p.id: p for p in problems}.values())  # each question once
 
     path, header = Path(cfg.experts), cache_header(cfg, encoder)
     if main and not (path.exists() and path.stat().st_size):
@@ -955,30 +1082,108 @@ def make_experts(cfg: Config):
         append_records(path, [header])
     accelerator.wait_for_everyone()
     wanted = {key: header[key] for key in MISFIT}
-    experts = read_cache(path, wanted, encoder)
-    missing = lambda p: cfg.samples - len(experts.get(p.id, []))  # noqa: E731
-    todo = sorted((p for p in problems if missing(p) > 0), key=lambda p: (missing(p), encoder.length(p)))
-    say(f"{path}: {len(problems) - len(todo)} of {len(problems)} questions have their {cfg.samples} answers")
+    cached = read_cache(path, wanted, encoder)
+    rewards = {p.id: [t.reward for t in cached.get(p.id, [])] for p in problems}
     accelerator.wait_for_everyone()  # all have read it before one appends
 
-    bar = tqdm(total=len(todo[rank::world]), unit="question", desc="experts", disable=None if main else True)  # None: only on a terminal
-    for n, same in itertools.groupby(todo[rank::world], key=missing):
-        for part in batches(list(same), max(1, cfg.generate_batch // n)):
-            prompts = [encoder(p) for p in part]
-            with naming_memory(f"sampling {len(part) * n} answers at once", "--generate_batch or --max_answer"):
-                answers = sample(model, encoder, prompts, n)
-            groups = [Group(p, q, [grade(ids, p, encoder) for ids in a]) for p, q, a in zip(part, prompts, answers)]
-            records = []
-            for group, logps in zip(groups, score(policy, groups, cfg.micro_batch)):
-                kept = [dict(ids=t.ids, logps=logp.tolist(), reward=t.reward, finished=t.finished, text=t.text)
-                        for t, logp in zip(group.trajectories, logps)]  # fmt: skip
-                records.append({"question": group.problem.id, "answers": kept})
-            append_records(path, records)
-            bar.update(len(part))
+    def missing(p: Problem) -> int:
+        """How many answers to make next."""
+        if cfg.until_correct:
+            return int(len(rewards[p.id]) < cfg.samples and 1.0 not in rewards[p.id])
+        return (len(texts[p.id]) if texts else cfg.samples) - len(rewards[p.id])
+
+    todo = [p for p in sorted(problems, key=encoder.length) if missing(p) > 0]
+    say(f"{path}: {len(problems) - len(todo)} of {len(problems)} questions have their answers")
+    todo, tokens, gaps, start = todo[rank::world], 0, [], time.perf_counter()
+    bar = tqdm(total=len(todo), unit="question", desc="experts", disable=None if main else True)  # None: only on a terminal
+    while todo := sorted((p for p in todo if missing(p) > 0), key=missing):  # again, if until_correct takes them one by one
+        for n, same in itertools.groupby(todo, key=missing):
+            for part in batches(list(same), max(1, cfg.generate_batch // n)):
+                records = []
+                for group in expert_groups(policy, encoder, part, n, texts, gaps):
+                    kept = [dict(ids=t.ids, logps=t.behavior_logp.tolist(), reward=t.reward, finished=t.finished, text=t.text) for t in group.trajectories]
+                    records.append({"question": group.problem.id, "answers": kept})
+                    rewards[group.problem.id] += [t.reward for t in group.trajectories]
+                    tokens += sum(len(t.ids) for t in group.trajectories)
+                append_records(path, records)
+                bar.update(sum(missing(p) == 0 for p in part))
+                bar.set_postfix_str(f"{sum(1.0 in some for some in rewards.values())} with a right answer, {tokens / (time.perf_counter() - start):.0f} tokens/s")
     bar.close()
+    if gaps:
+        say(f"the log-probs kept and those of generate differ by {max(gaps):.1g} a token, at most (on average, an answer's largest, {statistics.fmean(gaps):.1g})")
     accelerator.wait_for_everyone()
     if main:
         say(coverage(path, read_cache(path, wanted, encoder), problems))
+
+
+# ----- An expert that the policy makes itself, in the spirit of IVR-R1 (arXiv 2605.23997)
+
+LOOK = "Look once more, closely, and go on from where the answer stands."
+ERODED = 2.0  # nats: a token is suspect if another was e^2 times as likely
+
+
+def look_again(problem: Problem) -> Problem:
+    question = f"{problem.question}\n{PLACEHOLDER * len(problem.images)} {LOOK}"
+    return dataclasses.replace(problem, question=question, images=problem.images * 2)
+
+
+def step_starts(ids: list[int], tokenizer) -> list[int]:
+    """The tokens at which the steps of an answer begin; a step ends with a sentence or a line."""
+    pieces = [tokenizer.decode([i]) for i in ids]
+    places = list(itertools.accumulate(map(len, pieces), initial=0))[: len(ids)]  # of each token, in the text
+    ends = [m.end() for m in re.finditer(r"[.!?;]+(?=\s)\n*|\n+", "".join(pieces))]
+    return sorted({0, *(bisect.bisect_left(places, end) for end in ends if end <= places[-1])})
+
+
+@torch.no_grad()
+def localise(judge: Policy, group: Group, flawed: Trajectory, tokenizer) -> Rectification:
+    """Which step of a wrong answer has gone wrong?  Leaves its log-probs [T] in flawed.logp.
+
+    A step is as eroded as its most regrettable token: by how much the likeliest token there, with the picture in the context,
+    was likelier. What follows a slip is often eroded, too, so the first step above a bound is the suspect, and not the worst.
+    """
+    batch = pack([dataclasses.replace(group, trajectories=[flawed])]).to(judge.blank.device)
+    pairs = []
+    for hidden, ids in zip(judge.hidden(batch).split(judge.HEAD_CHUNK), batch.target[0].split(judge.HEAD_CHUNK)):
+        logp = judge.logits(hidden).log_softmax(-1)  # [tokens, V]
+        pairs.append(torch.stack([logp.gather(1, ids[:, None])[:, 0], logp.max(-1).values]).cpu())
+    flawed.logp, best = torch.cat(pairs, 1)  # [T]
+    regret = best - flawed.logp
+    starts = step_starts(flawed.ids, tokenizer)
+    erosion = [float(regret[a:b].max()) for a, b in itertools.pairwise([*starts, len(flawed.ids)])]
+    suspect = next((i for i, worst in enumerate(erosion) if worst > ERODED), erosion.index(max(erosion)))
+    return Rectification(flawed, starts, erosion, suspect)
+
+
+@torch.no_grad()
+def rectify(actor, encoder: Encoder, groups: list[Group]):
+    """Give groups an expert's answer that the policy makes out of a wrong one of its own.
+
+    Of IVR-R1 only the abstract is public. From it: rewards screen the flawed rollouts, the error is attributed to a step with the
+    picture in the context, and reasoning is taken up again from there, against the picture, in a loop, until it is right.
+    Ours: what a step is, what tells that it has eroded (see localise), the wording of LOOK and that it stands in the question
+    with the pictures a second time, that each further round cuts one step earlier, and the numbers of tries and rounds.
+    All of it is local to this process: it needs the actor alone, and no process waits for another.
+    """
+    cfg, judge = encoder.cfg, Policy(actor, encoder.unwritable).to(actor.device).eval()
+    for group in groups:
+        flawed = next((t for t in group.trajectories if not t.is_expert and t.reward == 0 and t.finished), None)
+        group.rectification = flawed and localise(judge, group, flawed, encoder.tokenizer)
+    for number in range(cfg.rounds):
+        stories = [(g, g.rectification) for g in groups if g.rectification and not g.rectification.tail and g.rectification.suspect >= number]
+        for part in batches(stories, max(1, cfg.generate_batch // cfg.tries)):
+            prompts = []
+            for group, story in part:
+                story.rounds, story.cut = number + 1, story.starts[story.suspect - number]
+                prompts.append(encoder(look_again(group.problem)).followed_by(story.flawed.ids[: story.cut]))
+            for (group, story), prompt, tails in zip(part, prompts, sample(actor, encoder, prompts, cfg.tries)):
+                kept = story.flawed.ids[: story.cut]
+                answers = [grade(kept + tail, group.problem, encoder) for tail in tails if len(kept) + len(tail) <= cfg.max_answer]
+                if right := next((answer for answer in answers if answer.reward == 1 and answer.finished), None):
+                    story.tail = right.ids[story.cut :]
+                    tail_logp = score(judge, [Group(group.problem, prompt, [Trajectory(story.tail, "", 1.0)])], 1)[0][0]
+                    right.source, right.behavior_logp = "self", torch.cat([story.flawed.logp[: story.cut], tail_logp])  # of what produced it
+                    group.trajectories = [t for t in group.trajectories if t.kept] + [right]  # in place of an expert that is wrong
 
 
 # ===== 8. Training ====================================================================================================
@@ -1057,9 +1262,9 @@ class Trainer:
         if Path(cfg.out, "metrics.jsonl").exists() and not cfg.resume:
             raise BadInput(f"--out {cfg.out} holds an earlier run; add --resume to continue it, or give another folder")
         check_exists(cfg.data, cfg.val_data)
-        if cfg.n_off and not Path(cfg.experts).exists():
-            make = f"Make it with `tgrl.py experts --data {cfg.data} --experts {cfg.experts}`, or train without experts by --n_off 0."
-            raise BadInput(f"--experts {cfg.experts} does not exist. {make}")
+        if cfg.cache and not Path(cfg.cache).exists():
+            make = f"Make it with `tgrl.py experts --data {cfg.data} --experts {cfg.cache}`, or train without experts by --n_off 0."
+            raise BadInput(f"--experts {cfg.cache} does not exist. {make}")
         try:
             self.accelerator = start_processes(project_dir=cfg.out, log_with=None if cfg.tracker == "none" else cfg.tracker)
         except ValueError as error:
@@ -1073,7 +1278,7 @@ class Trainer:
         self.encoder = Encoder(self.processor, model, cfg)
         self.problems = self.encoder.load(cfg.data, cfg.split)
         self.held_out = self.encoder.load(cfg.val_data, cfg.val_split) if cfg.val_data else []
-        self.experts = self.load_experts() if cfg.n_off else {}
+        self.experts = self.load_experts() if cfg.cache else {}
         self.build(model)
         self.steps = cfg.steps or max(1, cfg.epochs * len(self.problems) // cfg.questions_per_rollout)
         self.sharpness = cfg.sharpness if cfg.reweight else None  # None: w = 1
@@ -1081,7 +1286,7 @@ class Trainer:
         self.position = 0  # questions drawn so far, by all processes
 
     def load_experts(self) -> dict[str, list[Trajectory]]:
-        path, data = Path(self.cfg.experts), self.cfg.data
+        path, data = Path(self.cfg.cache), self.cfg.data
         header = cache_header(self.cfg, self.encoder)
         experts = read_cache(path, {key: header[key] for key in ("tokenizer", "prompt", "sampling")}, self.encoder)
         say(coverage(path, experts, self.problems))
@@ -1154,6 +1359,9 @@ class Trainer:
             for (epoch, problem), prompt, answers in zip(part, prompts, self.sample(self.encoder, prompts)):
                 own = [grade(ids, problem, self.encoder) for ids in answers]  # Eq. 13
                 groups.append(Group(problem, prompt, own + self.pick_experts(problem, epoch)))  # Eq. 14
+        if self.cfg.rectifies:
+            with naming_memory("rectifying answers", "--generate_batch or --max_answer"):
+                rectify(self.actor, self.encoder, [g for g in groups if not any(t.is_expert and t.kept for t in g.trajectories)])
         for group in groups:
             advantages = group_advantages(torch.tensor([[t.reward for t in group.trajectories]]))  # Eq. 15-16
             for trajectory, advantage in zip(group.trajectories, advantages[0].tolist()):
@@ -1168,7 +1376,7 @@ class Trainer:
         """This process's share of a rollout batch. Dynamic sampling replaces groups without contrast, in at most max_draws draws."""
         quota, dynamic = self.cfg.questions_per_rollout // self.world, self.cfg.dynamic_sampling
         kept, flat, drawn, errors = [], [], 0, sum(math_verify.errors.values())
-        tally.add(expert_reward=(0, 0))  # the same keys on all processes, whoever draws an expert
+        tally.add(expert_reward=(0, 0), rectified=(0, 0), rounds=(0, 0))  # the same keys on all processes, whoever draws an expert
         for _ in range(self.cfg.max_draws if dynamic else 1):
             if self.total(quota - len(kept))[0] == 0:  # the same decision everywhere; a process with its quota draws nothing
                 break
@@ -1178,6 +1386,8 @@ class Trainer:
                 contrast = self.has_contrast(group)
                 (kept if contrast or not dynamic else flat).append(group)
                 tally.add(contrast=(contrast, 1), rescued_by_expert=(contrast and not self.has_contrast(group, with_experts=False), 1))
+                if story := group.rectification:
+                    tally.add(rectified=(story.tail is not None, 1), rounds=(story.rounds, 1))
                 for t in group.trajectories:
                     if t.is_expert:
                         tally.add(expert_reward=(t.reward, 1))
@@ -1265,7 +1475,13 @@ class Trainer:
                 | {name: [round(x, 5) for x in rows[i, : len(t.ids)].tolist()] for name, rows in numbers.items()}
                 for i, t in enumerate(group.trajectories)
             ]
-            self.write("groups.jsonl", dict(step=step, question=group.problem.question, answer=group.problem.answer, images=images, answers=answers))
+            record = dict(step=step, question=group.problem.question, answer=group.problem.answer, images=images, answers=answers)
+            if story := group.rectification:
+                decode = self.encoder.tokenizer.decode
+                steps = [decode(story.flawed.ids[a:b]) for a, b in itertools.pairwise([*story.starts, len(story.flawed.ids)])]
+                record["rectification"] = dict(steps=steps, erosion=[round(x, 3) for x in story.erosion], cut=story.starts.index(story.cut),
+                                               rounds=story.rounds, tail=decode(story.tail) if story.tail else None)  # fmt: skip
+            self.write("groups.jsonl", record)
 
     def write(self, name: str, record: dict):
         if self.main:
@@ -1370,7 +1586,7 @@ class Trainer:
         versions = {name: importlib.metadata.version(name) for name in packages} | {"python": sys.version.split()[0], "git": git}
         versions["tgrl.py"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         data = dict(questions=len(self.problems), held_out=len(self.held_out), with_expert=sum(bool(self.experts.get(p.id)) for p in self.problems))
-        return dict(config=dataclasses.asdict(self.cfg), versions=versions, data=data, processes=self.world)
+        return dict(method=self.cfg.method, config=dataclasses.asdict(self.cfg), versions=versions, data=data, processes=self.world)
 
     def rehearse(self):
         """--dry_run: the largest rollout batch and the largest micro-batch, once. What they teach is thrown away."""
@@ -1448,6 +1664,7 @@ class Trainer:
 
 TOY_QUESTION = "<image>What is the area of the grid plus the length of its edge?"
 TOY_SIDES = range(1, 8)
+TOY_LOOKING = 0.4  # asked to look again, a model takes the right rules at least so often: the premise of IVR-R1, granted
 TOY_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
@@ -1482,7 +1699,7 @@ def toy_processor(instruction: str):
 
     special = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")]
     texts = [toy_answer(random.Random(i), w, h, 0.5) for i, (w, h) in enumerate(itertools.product(TOY_SIDES, TOY_SIDES))]
-    texts.append(f"user\n{TOY_QUESTION.replace(PLACEHOLDER, '')} {instruction}\nassistant\n")
+    texts.append(f"user\n{TOY_QUESTION.replace(PLACEHOLDER, '')} {LOOK} {instruction}\nassistant\n")
     bpe = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(r"\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s+"), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -1508,15 +1725,15 @@ def tiny_model(tokenizer, hidden: int = 128, layers: int = 3, vision_layers: int
 
 
 def teach(policy: Policy, encoder: Encoder, pool: list, p_right: float, steps: int, lr: float, rng: random.Random, name: str):
-    """Supervised warm-up: each step 16 grids, 4 answers to each, each transition right with probability p_right."""
+    """Supervised warm-up: each step 16 grids, 4 answers to each, each transition right with probability p_right, or TOY_LOOKING."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     end = encoder.tokenizer.eos_token_id
     policy.train()
     for _ in tqdm(range(steps), desc=name, unit="step", disable=None):
         groups = []
-        for w, h, problem, prompt in rng.sample(pool, 16):
-            texts = [toy_answer(rng, w, h, p_right) for _ in range(4)]
+        for w, h, looking, problem, prompt in rng.sample(pool, 16):
+            texts = [toy_answer(rng, w, h, max(p_right, TOY_LOOKING * looking)) for _ in range(4)]
             groups.append(Group(problem, prompt, [Trajectory(encoder.tokenizer(text).input_ids + [end], text, 0.0) for text in texts]))
         batch = pack(groups)
         loss = -policy(batch).sum() / batch.mask.sum()
@@ -1544,10 +1761,10 @@ def toy_world(folder: Path, cfg: Config):
     for name, size in (("train", 192), ("test", 192)):
         datasets.Dataset.from_list([toy_row(rng, *rng.choice(sides)) for _ in range(size)], columns).to_parquet(folder / f"{name}.parquet")
     pool = []
-    for w, h in rng.choices(sides, k=400):
-        problem = read_problem(toy_row(rng, w, h), folder)
-        pool.append((w, h, problem, encoder(problem)))
-    for name, p_right, steps, lr in (("base", 0.5, 200, 2e-3), ("expert", 0.97, 60, 1e-3), ("student", 0.1, 60, 1e-3)):
+    for i, (w, h) in enumerate(rng.choices(sides, k=400)):
+        problem, looking = read_problem(toy_row(rng, w, h), folder), i % 4 == 0
+        pool.append((w, h, looking, problem, encoder(look_again(problem) if looking else problem)))
+    for name, p_right, steps, lr in (("base", 0.5, 200, 2e-3), ("expert", 0.97, 60, 1e-3), ("student", 0.02, 60, 1e-3)):
         if name != "base":
             model, _ = load_model(folder / "base")
         teach(Policy(model, encoder.unwritable), encoder, pool, p_right, steps, lr, rng, f"warm-up, {name}")
@@ -1557,12 +1774,14 @@ def toy_world(folder: Path, cfg: Config):
 
 
 def toy(cfg: Config):
-    """Warm up two models, sample experts, train without and with them, and compare on held-out pictures."""
+    """Warm up two models, sample experts (or, with --experts self, do not), train without and with them, and compare on held-out pictures."""
     out, start = Path(cfg.out), time.perf_counter()
     world = out / "world"
     toy_world(world, cfg)
-    cfg = dataclasses.replace(cfg, model=f"{world}/expert", data=f"{world}/train.parquet", val_data=f"{world}/test.parquet", experts=f"{out}/experts.jsonl")
-    make_experts(cfg)
+    cfg = dataclasses.replace(cfg, model=f"{world}/expert", data=f"{world}/train.parquet", val_data=f"{world}/test.parquet")
+    if not cfg.rectifies:
+        cfg.experts = f"{out}/experts.jsonl"
+        make_experts(cfg)
     accuracy, answers = {}, cfg.n_on + cfg.n_off
     for n_off in sorted({0, cfg.n_off}):
         run = dataclasses.replace(cfg, model=f"{world}/student", n_on=answers - n_off, n_off=n_off)
