@@ -393,11 +393,11 @@ def show(runs: list[Path]) -> None:
     for run in loaded:
         draw_curves([run], run.folder / "curves.png")
         write_groups(run, run.folder / "groups.html")
-        print(f"wrote {run.folder / 'curves.png'} and {run.folder / 'groups.html'}")
+        print(f"wrote {os.path.relpath(run.folder / 'curves.png')} and {os.path.relpath(run.folder / 'groups.html')}")
     if len(loaded) > 1:
         overlay = Path(os.path.commonpath([run.folder.parent for run in loaded])) / "curves.png"
         draw_curves(with_unique_names(loaded), overlay)
-        print(f"wrote {overlay}")
+        print(f"wrote {os.path.relpath(overlay)}")
 
 
 # ======================================================================================================================
