@@ -166,12 +166,12 @@ class Config:
             raise BadInput(f"--min_pixels {self.min_pixels} is larger than --max_pixels {self.max_pixels}")
 
     @property
-    def cache(self) -> str:
-        return self.experts.removesuffix("self").removesuffix(",") if self.n_off else ""
+    def rectifies(self) -> bool:
+        return self.n_off > 0 and "self" in self.experts.split(",")
 
     @property
-    def rectifies(self) -> bool:
-        return self.n_off > 0 and self.experts.endswith("self") and self.cache != self.experts
+    def cache(self) -> str:
+        return ",".join(part for part in self.experts.split(",") if part != "self") if self.n_off else ""
 
     @property
     def method(self) -> str:
