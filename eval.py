@@ -289,7 +289,7 @@ PAGE = """<!DOCTYPE html>
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{title}</title><style>{css}</style></head><body>
 <header><h1>{title}</h1><p class="soft">{subtitle}</p>
-<p>Each card is one group as it was trained on: a question and all its answers, of the policy and of an expert, a stronger model.
+<p>Each card is one group as it was trained on: a question and all its answers, of the policy and of an expert: a stronger model, or itself on a second look.
 A rule grades them. The advantage says how far an answer's reward lies above or below the mean of its group (Eq. 14&ndash;16).</p>
 {expert}</header>
 <nav aria-label="recorded steps"><div><span class="soft">Step</span><ol>{links}</ol>{scale}</div></nav>
@@ -432,7 +432,8 @@ def build(name: str, device):
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Qwen2_5_VLForConditionalGeneration(config).parameters())
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    need = parameters * (18 if device.type == "cuda" else 16) / int(os.environ.get("WORLD_SIZE", 1) if device.type == "cuda" else 1)
+    cuda = device.type == "cuda"  # weights, gradients, moments and actor there; and the weights whole while they are being made
+    need = parameters * (max(2 + 16 / int(os.environ.get("WORLD_SIZE", 1)), 6) if cuda else 16)
     if need > free:
         raise BadRun(f"{name} has {parameters / 1e9:.2f} billion parameters: {need / 2**30:.0f} GiB with gradients and Adam's moments, and {free / 2**30:.0f} GiB are free here")
     with device:

@@ -1216,6 +1216,17 @@ def test_experts_of_two_processes_continue_after_a_kill(folder, tmp_path):
     assert len(path.read_bytes().splitlines()) == 7 and path.read_bytes().endswith(b"\n")
 
 
+def test_more_samples_are_other_samples(folder, tmp_path):
+    """A cache that is continued, with another --samples, does not get the same answers again."""
+    cfg = folder.config(experts=str(tmp_path / "experts.jsonl"), samples=2)
+    for samples in (2, 4):
+        tgrl.make_experts(dataclasses.replace(cfg, samples=samples))
+    answers = collections.defaultdict(list)
+    for record in map(json.loads, (tmp_path / "experts.jsonl").read_text().splitlines()[1:]):
+        answers[record["question"]] += [tuple(a["ids"]) for a in record["answers"]]
+    assert all(len(set(some)) == 4 for some in answers.values()) and len(answers) == 6
+
+
 def test_sampling_stops_once_an_answer_is_right(folder, tmp_path, monkeypatch):
     calls = collections.Counter()
 
@@ -1251,6 +1262,11 @@ def test_texts_from_anywhere_are_scored_like_sampled_ones(folder, world, tmp_pat
     before = (tmp_path / "scored.jsonl").read_text()
     tgrl.make_experts(cfg)
     assert (tmp_path / "scored.jsonl").read_text() == before  # nothing twice
+    more = [{"row": 0, "text": "one more"}, *lines[:6]]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, more)))
+    tgrl.make_experts(cfg)  # what is new is scored, wherever it stands
+    last = json.loads((tmp_path / "scored.jsonl").read_text().splitlines()[-1])
+    assert [a["text"] for a in last["answers"]] == ["one more"] and len((tmp_path / "scored.jsonl").read_text().splitlines()) == len(before.splitlines()) + 1
 
 
 def test_a_closed_models_answers_are_assumed_certain_and_said_to_be(folder, tmp_path, capsys):
@@ -1276,7 +1292,7 @@ def test_stats_of_a_cache(tmp_path, capsys):
     b = dict(ids=[5, 6, 7, 8], logps=[0.0] * 4, reward=0.0, finished=False, text="")
     header = {"tgrl_experts": 1, "model": "m", "data": "d", "split": "train"}
     lines = [header, {"question": "x", "answers": [a, b]}, {"question": "x", "answers": [a]}, {"question": "y", "answers": [b]}]
-    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"torn')
     tgrl.make_experts(Config(stats=str(tmp_path / "c.jsonl")))
     said = capsys.readouterr().out
     for words in ("4 answers to 2 questions, 50.0% correct; 50.0% of the questions", "median 4, longest 4, 50.0% cut off", "-0.667; 1 answers"):
@@ -1678,14 +1694,16 @@ def test_weights_that_are_not_finite_stop_the_run(folder, tmp_path):
         trainer.fit()
 
 
-def test_a_dry_run_tries_the_largest_and_writes_nothing(folder, tmp_path, capsys):
-    trainer = tgrl.Trainer(folder.config(out=str(tmp_path / "out"), dry_run=True))
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo"])
+def test_a_dry_run_tries_the_largest_and_writes_nothing(folder, tmp_path, capsys, monkeypatch, algorithm):
+    monkeypatch.setattr(tgrl.Encoder, "ends", property(lambda self: list(range(20, 300)), lambda self, ends: None), raising=False)  # answers want to end at once
+    trainer = tgrl.Trainer(folder.config(out=str(tmp_path / "out"), dry_run=True, algorithm=algorithm))
     sizes, update = [], trainer.update
     trainer.update = lambda groups, tally: sizes.append([len(t.ids) for g in groups for t in g.trajectories]) or update(groups, tally)
     trainer.fit()
     said = capsys.readouterr().out
     assert sizes == [[8, 8, 8, 8]] and not (tmp_path / "out").exists()
-    assert "sampling 12 answers at once" in said and "updating on 1 groups at once" in said and "GiB" in said and "It fits." in said
+    assert "sampling 12 answers at once" in said and "scoring and updating on 1 groups at once" in said and "GiB" in said and "These fit." in said
 
 
 def same_runs(a: Path, b: Path):
@@ -1745,7 +1763,7 @@ def test_a_run_continues_on_more_and_on_fewer_processes_and_past_a_damaged_check
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["000004", "000006"]  # the last two are kept
     damaged = tmp_path / "checkpoints" / "000006"
     next(damaged.glob("*.distcp")).write_bytes(b"")
-    assert "000006 is damaged" in torchrun(1, "fit", options).said
+    assert "000006 is damaged, or of another model" in torchrun(1, "fit", options).said
     assert [r["step"] for r in read_metrics(tmp_path)[1:]] == list(range(7))
     for folder in (tmp_path / "checkpoints").iterdir():
         (folder / "run.json").write_text("{")
@@ -1797,6 +1815,15 @@ def test_bad_options_are_explained(argv, words):
 def test_a_run_that_cannot_start_says_what_to_do(folder, tmp_path, change, words):
     with pytest.raises(BadInput, match=words):
         tgrl.Trainer(folder.config(out=str(tmp_path / "out"), **change))
+
+
+def test_a_run_goes_on_at_another_learning_rate_but_not_backwards(folder, tmp_path):
+    options = dict(out=str(tmp_path), steps=2, save_every=2, lr=1e-3)
+    tgrl.Trainer(folder.config(**options)).fit()
+    trainer = tgrl.Trainer(folder.config(**options | dict(lr=1e-5, resume=True)))
+    assert trainer.load_checkpoint() == 2 and {g["lr"] for g in trainer.optimizer.param_groups} == {1e-5}
+    with pytest.raises(BadInput, match="at step 2 already, and this run has 1"):
+        tgrl.Trainer(folder.config(**options | dict(steps=1, resume=True))).fit()
 
 
 def test_an_earlier_run_is_not_overwritten(folder, tmp_path):

@@ -153,8 +153,8 @@ class Config:
                      "max_draws", "tries", "rounds", "samples", "eval_every", "show_every", "keep"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        if self.n_off < 0 or self.n_on + self.n_off < 2:
-            raise BadInput(f"a group of --n_on {self.n_on} and --n_off {self.n_off} has nothing to compare; take 2 answers or more")
+        if self.n_off < 0 or self.n_on < 2:  # not every question has an expert
+            raise BadInput(f"a group of --n_on {self.n_on} and --n_off {self.n_off} may have nothing to compare; take --n_on 2 or more")
         if self.questions_per_rollout % self.questions_per_update:
             raise BadInput(
                 f"--questions_per_rollout {self.questions_per_rollout} is not a multiple of "
@@ -506,7 +506,8 @@ def read_rows(source: str, split: str) -> typing.Iterator[dict]:
     """Rows of a hub data set, a parquet or JSONL file, or a folder of them or of images with metadata.jsonl."""
     check_exists(source)
     if source.endswith((".jsonl", ".json")):
-        for number, line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1):
+        lines = Path(source).read_text(encoding="utf-8").split("\n")  # splitlines would also split inside of some strings
+        for number, line in ((n, line) for n, line in enumerate(lines, 1) if line.strip()):
             try:
                 yield dict(json.loads(line))
             except (ValueError, TypeError):
@@ -889,12 +890,12 @@ def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, greedy: bool 
                 for row, values in zip(open_rows.tolist(), torch.cat(watched, 1).tolist()):
                     logps[row] = (logps[row] + values)[: len(answers[row])]
                 watched.clear()
-            stay = (~ended.any(1)).nonzero().flatten()
+            stay = (~ended.any(1)).nonzero().flatten().cpu()  # a spread model keeps its cache on several devices
             if len(stay) == 0:
                 break
             cache = out.past_key_values
             cache.batch_select_indices(stay)
-            ids, deltas, open_rows = out.sequences[stay], deltas[stay], open_rows[stay.cpu()]
+            ids, deltas, open_rows = out.sequences[stay], deltas[stay], open_rows[stay]
             seen = torch.cat([seen[stay], seen.new_ones(len(stay), new.shape[1])], 1)
     finally:
         actor.generation_config, core.rope_deltas = original, None
@@ -1011,7 +1012,12 @@ def start_processes(**options) -> Accelerator:
 
 def tell_stats(path: str):
     """What is in a cache, by itself: no model, no data."""
-    header, *records = read_rows(path, "")
+    check_exists(path)
+    try:
+        header, *records = map(json.loads, Path(path).read_text(encoding="utf-8").split("\n")[:-1])  # the last is empty, or torn
+        header["tgrl_experts"]
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{path} is no expert cache") from None
     by_question = collections.defaultdict(list)
     for record in records:
         by_question[record["question"]] += record["answers"]
@@ -1020,7 +1026,7 @@ def tell_stats(path: str):
         raise BadInput(f"{path} has no answers yet")
     lengths, mean = sorted(len(a["ids"]) for a in answers), lambda values: statistics.fmean(map(float, values))
     twice = len(answers) - len({(q, tuple(a["ids"])) for q, some in by_question.items() for a in some})
-    print(f"{path}: {header.get('texts') or 'samples'}, log-probs of {header['model']}, on {header['data']} ({header['split']})\n"
+    print(f"{path}: {header.get('texts') or 'samples'}, log-probs {'assumed to be 0' if header.get('assumed_certain') else 'of ' + header['model']}, on {header['data']} ({header['split']})\n"
           f"  {len(answers)} answers to {len(by_question)} questions, {mean(a['reward'] for a in answers):.1%} correct; "
           f"{mean(any(a['reward'] == 1 for a in some) for some in by_question.values()):.1%} of the questions have a correct one\n"
           f"  tokens: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}, {mean(not a['finished'] for a in answers):.1%} cut off\n"
@@ -1044,13 +1050,13 @@ def read_texts(path: str, problems: list[Problem], encoder: Encoder) -> dict[str
 
 
 def expert_groups(policy: Policy, encoder: Encoder, part: list[Problem], n: int, texts: dict | None, gaps: list[float]) -> list[Group]:
-    """n answers to each question, sampled or the last n of its texts, graded, with their log-probs under the expert in behavior_logp."""
+    """n answers to each question, sampled or taken from its texts, graded, with their log-probs under the expert in behavior_logp."""
     cfg, prompts, own = encoder.cfg, [encoder(p) for p in part], []
-    with naming_memory(f"sampling {len(part) * n} answers at once", "--generate_batch or --max_answer"):
-        answers = [texts[p.id][-n:] for p in part] if texts else sample(policy.model, encoder, prompts, n, logps=own)
-    groups = [Group(p, q, [grade(ids, p, encoder) for ids in a]) for p, q, a in zip(part, prompts, answers)]
-    trajectories = [t for group in groups for t in group.trajectories]
-    logps = [torch.zeros(len(t.ids)) for t in trajectories] if cfg.assume_certain else itertools.chain(*score(policy, groups, cfg.micro_batch))
+    with naming_memory(f"sampling or scoring {len(part) * n} answers", "--generate_batch, --micro_batch or --max_answer"):
+        answers = sample(policy.model, encoder, prompts, n, logps=own) if texts is None else [texts.pop(p.id) for p in part]
+        groups = [Group(p, q, [grade(ids, p, encoder) for ids in a]) for p, q, a in zip(part, prompts, answers)]
+        trajectories = [t for group in groups for t in group.trajectories]
+        logps = [torch.zeros(len(t.ids)) for t in trajectories] if cfg.assume_certain else itertools.chain(*score(policy, groups, cfg.micro_batch))
     for trajectory, logp in zip(trajectories, logps):
         trajectory.behavior_logp = logp
     gaps += [float((t.behavior_logp - torch.tensor(seen)).abs().max()) for t, seen in zip(trajectories, own)]
@@ -1066,7 +1072,6 @@ def make_experts(cfg: Config):
     check_exists(cfg.data, cfg.score)
     accelerator = start_processes()
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    set_seed(cfg.seed + rank)
     spread = {"device_map": "auto"} if cfg.spread else {}
     model, processor = load_model(cfg.model, torch.bfloat16 if torch.cuda.is_available() else torch.float32, **spread)
     encoder = Encoder(processor, model, cfg)
@@ -1084,16 +1089,22 @@ def make_experts(cfg: Config):
     wanted = {key: header[key] for key in MISFIT}
     cached = read_cache(path, wanted, encoder)
     rewards = {p.id: [t.reward for t in cached.get(p.id, [])] for p in problems}
+    set_seed(cfg.seed + rank + 1009 * sum(map(len, cached.values())))  # else a run that continues would sample the same again
+    for p in problems if texts else ():
+        known = [t.ids for t in cached.get(p.id, [])]
+        texts[p.id] = [ids for ids in texts[p.id] if ids not in known]
     accelerator.wait_for_everyone()  # all have read it before one appends
 
     def missing(p: Problem) -> int:
         """How many answers to make next."""
+        if texts is not None:
+            return len(texts.get(p.id, ()))
         if cfg.until_correct:
             return int(len(rewards[p.id]) < cfg.samples and 1.0 not in rewards[p.id])
-        return (len(texts[p.id]) if texts else cfg.samples) - len(rewards[p.id])
+        return cfg.samples - len(rewards[p.id])
 
     todo = [p for p in sorted(problems, key=encoder.length) if missing(p) > 0]
-    say(f"{path}: {len(problems) - len(todo)} of {len(problems)} questions have their answers")
+    say(f"{path}: {len(todo)} of {len(problems)} questions need answers")
     todo, tokens, gaps, start = todo[rank::world], 0, [], time.perf_counter()
     bar = tqdm(total=len(todo), unit="question", desc="experts", disable=None if main else True)  # None: only on a terminal
     while todo := sorted((p for p in todo if missing(p) > 0), key=missing):  # again, if until_correct takes them one by one
@@ -1183,7 +1194,7 @@ def rectify(actor, encoder: Encoder, groups: list[Group]):
                     story.tail = right.ids[story.cut :]
                     tail_logp = score(judge, [Group(group.problem, prompt, [Trajectory(story.tail, "", 1.0)])], 1)[0][0]
                     right.source, right.behavior_logp = "self", torch.cat([story.flawed.logp[: story.cut], tail_logp])  # of what produced it
-                    group.trajectories = [t for t in group.trajectories if t.kept] + [right]  # in place of an expert that is wrong
+                    group.trajectories = [t for t in group.trajectories if not t.is_expert] + [right]  # in place of an expert that is wrong
 
 
 # ===== 8. Training ====================================================================================================
@@ -1213,10 +1224,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def frozen_copy(model, dtype: torch.dtype):
     """Parameters in another dtype, but not the buffers: rotary frequencies stay float32, as under FSDP's mixed precision."""
-    twin = copy.deepcopy(model).requires_grad_(False)
-    for p in twin.parameters():
-        p.data = p.data.to(dtype)
-    return twin
+    copies = {id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, copies)  # takes these for the parameters, and never holds a second float32
 
 
 def peak_memory() -> float:
@@ -1361,7 +1370,7 @@ class Trainer:
                 groups.append(Group(problem, prompt, own + self.pick_experts(problem, epoch)))  # Eq. 14
         if self.cfg.rectifies:
             with naming_memory("rectifying answers", "--generate_batch or --max_answer"):
-                rectify(self.actor, self.encoder, [g for g in groups if not any(t.is_expert and t.kept for t in g.trajectories)])
+                rectify(self.actor, self.encoder, [g for g in groups if not any(t.reward == 1 for t in self.experts.get(g.problem.id, []))])
         for group in groups:
             advantages = group_advantages(torch.tensor([[t.reward for t in group.trajectories]]))  # Eq. 15-16
             for trajectory, advantage in zip(group.trajectories, advantages[0].tolist()):
@@ -1407,7 +1416,9 @@ class Trainer:
         """pi_old (and pi_ref) by the forward pass that training uses, before the first update: sampling rounds differently."""
         several = self.cfg.questions_per_rollout > self.cfg.questions_per_update  # else logp itself is pi_old, see update
         for name, policy in (("ref_logp", self.reference), ("behavior_logp", self.policy if several else None)):
-            for group, logps in zip(groups, score(policy, groups, self.cfg.micro_batch) if policy else ()):
+            with naming_memory(f"scoring {self.cfg.micro_batch} groups at once", "--micro_batch, --max_answer or --max_pixels"):
+                scores = score(policy, groups, self.cfg.micro_batch) if policy else ()
+            for group, logps in zip(groups, scores):
                 for trajectory, logp in zip(group.trajectories, logps):
                     if name == "ref_logp" or not trajectory.is_expert:
                         setattr(trajectory, name, logp)
@@ -1442,7 +1453,8 @@ class Trainer:
         norm = float(whole(nn.utils.clip_grad_norm_(self.policy.parameters(), cfg.max_grad_norm)))
         useful = signal > 0 or cfg.kl_coef > 0  # without any advantage, only weight decay and momentum would move
         if useful and math.isfinite(norm):
-            self.optimizer.step()
+            with naming_memory("the optimizer's step", "nothing: take more processes, or --freeze_vision"):
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         tally.add(grad_norm=(norm, 1), skipped_nonfinite=(not math.isfinite(norm), 1), skipped_no_signal=(not useful, 1))
 
@@ -1452,7 +1464,8 @@ class Trainer:
         """Greedy accuracy on the held-out questions, as (right, of how many); each process takes its share of them."""
         mine, right = self.held_out[self.rank :: self.world], 0.0
         for part in batches(mine, self.cfg.generate_batch):
-            answers = sample(self.actor, self.encoder, [self.encoder(p) for p in part], 1, greedy=True)
+            with naming_memory(f"evaluating {len(part)} questions at once", "--generate_batch or --max_pixels"):
+                answers = sample(self.actor, self.encoder, [self.encoder(p) for p in part], 1, greedy=True)
             right += sum(grade(ids, p, self.encoder).reward for p, (ids,) in zip(part, answers))
         return right, len(mine)
 
@@ -1543,26 +1556,34 @@ class Trainer:
         whole = sorted(self.checkpoints.glob("??????"))
         return f"{whole[-1]} is whole; continue from it with --resume" if whole else "There is no checkpoint to continue from"
 
+    def attempt(self, folder: Path, job):
+        """What the job returns; None, on all processes, if it fails on one."""
+        try:
+            result, failed = job(), False
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            result, failed = None, True
+            tqdm.write(f"{folder} is damaged, or of another model, and passed over: {type(error).__name__} {str(error)[:200]}")
+        return None if self.total(failed)[0] else result
+
     def load_checkpoint(self) -> int:
         """Continue from the newest whole checkpoint, on as many processes as there are now; -> the step to do next."""
         step, folders = 0, sorted(self.checkpoints.glob("??????"), reverse=True)
         for folder in folders:
-            try:
-                run, state = json.loads((folder / "run.json").read_text()), self.state()
-                dcp.load(state, checkpoint_id=folder)
-                mine = folder / f"random-{self.rank}.safetensors"
-                random_state = load_file(mine) if mine.exists() else self.random_state()  # a process more than there were
-            except (Exception, CheckpointException) as error:  # the latter is no Exception
-                say(f"{folder} is damaged ({type(error).__name__}) and passed over")
+            mine, state = folder / f"random-{self.rank}.safetensors", self.state()  # without a file: a process more than there were
+            small = self.attempt(folder, lambda: (json.loads((folder / "run.json").read_text()), load_file(mine) if mine.exists() else self.random_state()))
+            if not (small and self.attempt(folder, lambda: dcp.load(state, checkpoint_id=folder) or True)):
                 continue
+            run, random_state = small
             set_state_dict(self.policy, self.optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizer"])
+            for group in self.optimizer.param_groups:  # --lr may be another now
+                group.update(lr=self.cfg.lr, weight_decay=self.cfg.weight_decay)
             torch.set_rng_state(random_state["cpu"])
             if "cuda" in random_state:
                 torch.cuda.set_rng_state(random_state["cuda"])
             step, self.position = run["step"], run["position"]
             break
         if folders and not step:
-            raise BadInput(f"{self.checkpoints} holds nothing whole to continue from; remove it to start anew")
+            raise BadInput(f"{self.checkpoints} holds nothing whole to continue from; give another --out to start anew")
         say(f"{self.cfg.out}: continues with step {step}" if step else f"{self.cfg.out} has no checkpoint to continue from; starts anew")
         for name in ("metrics.jsonl", "groups.jsonl"):  # steps that will be done again
             if self.main and (path := Path(self.cfg.out, name)).exists():
@@ -1599,14 +1620,16 @@ class Trainer:
         start = time.perf_counter()
         answers = self.sample(endless, [prompt] * at_once)[0]
         sampled, peaks = time.perf_counter(), [peak_memory()]
-        answers = [Trajectory(ids, "", 1.0, advantage=(-1.0) ** i) for i, ids in enumerate((answers + answers)[: cfg.n_on + cfg.n_off])]
-        self.update([Group(problem, prompt, answers)] * cfg.micro_batch, Tally())
+        answers = [Trajectory(ids, "", 1.0, advantage=(-1.0) ** i) for i, ids in zip(range(cfg.n_on + cfg.n_off), itertools.cycle(answers))]
+        groups = [Group(problem, prompt, answers)] * cfg.micro_batch
+        self.set_log_probs(groups)
+        self.update(groups, Tally())
         updated, peaks = time.perf_counter(), [*peaks, peak_memory()]
         mine = cfg.questions_per_rollout // self.world
         rounds = math.ceil(mine / at_once) * (sampled - start) + math.ceil(mine / cfg.micro_batch) * (updated - sampled)
         say(f"  sampling {at_once * cfg.n_on} answers at once  {sampled - start:7.1f} s   peak {peaks[0]:.1f} GiB\n"
-            f"  updating on {cfg.micro_batch} groups at once  {updated - sampled:7.1f} s   peak {peaks[1]:.1f} GiB\n"
-            f"It fits. A step would take {rounds / 60:.1f} minutes if every question and answer were as long. Nothing was written.")  # fmt: skip
+            f"  scoring and updating on {cfg.micro_batch} groups at once  {updated - sampled:7.1f} s   peak {peaks[1]:.1f} GiB\n"
+            f"These fit. A step of as long questions and answers would take {rounds / 60:.1f} minutes a draw. Nothing was written.")  # fmt: skip
 
     def learn(self, step: int, tally: Tally):
         """One step: answers and rewards, then an update on each share of them."""
@@ -1627,6 +1650,8 @@ class Trainer:
         if self.main:
             Path(cfg.out).mkdir(parents=True, exist_ok=True)
         first = self.load_checkpoint() if cfg.resume else 0
+        if first > self.steps:
+            raise BadInput(f"--out {cfg.out} is at step {first} already, and this run has {self.steps}; raise --steps or --epochs")
         if first == 0:
             self.write("metrics.jsonl", self.header())
         self.accelerator.init_trackers("tgrl", {name: value for name, value in dataclasses.asdict(cfg).items() if value is not None})
