@@ -289,7 +289,7 @@ PAGE = """<!DOCTYPE html>
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{title}</title><style>{css}</style></head><body>
 <header><h1>{title}</h1><p class="soft">{subtitle}</p>
-<p>Each card is one group as it was trained on: a question and all its answers, of the policy and of an expert: a stronger model, or itself on a second look.
+<p>Each card is one group as it was trained on: a question and all its answers, of the policy and of an expert, which is a stronger model or the policy on a second look.
 A rule grades them. The advantage says how far an answer's reward lies above or below the mean of its group (Eq. 14&ndash;16).</p>
 {expert}</header>
 <nav aria-label="recorded steps"><div><span class="soft">Step</span><ol>{links}</ol>{scale}</div></nav>
@@ -405,7 +405,7 @@ def show(runs: list[Path]) -> None:
 # ======================================================================================================================
 
 
-SHAPES = {  # of the published models; what is not named is the configuration's default, which is 7B's
+SHAPES = {  # of the published models: text, and whether the head is tied to the embeddings; what is not named costs nothing
     "3B": (dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, vocab_size=151936), True),
     "7B": (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064), False),
 }
@@ -431,8 +431,9 @@ def build(name: str, device):
     config = Qwen2_5_VLConfig(text_config=text | dict(rope_parameters=rope), vision_config=vision, tie_word_embeddings=tied, **tokens)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Qwen2_5_VLForConditionalGeneration(config).parameters())
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    cuda = device.type == "cuda"  # weights, gradients, moments and actor there; and the weights whole while they are being made
+    cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # weights, gradients, moments and actor; on a GPU the first three dealt out, but the weights whole while they are being made
     need = parameters * (max(2 + 16 / int(os.environ.get("WORLD_SIZE", 1)), 6) if cuda else 16)
     if need > free:
         raise BadRun(f"{name} has {parameters / 1e9:.2f} billion parameters: {need / 2**30:.0f} GiB with gradients and Adam's moments, and {free / 2**30:.0f} GiB are free here")

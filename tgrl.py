@@ -783,10 +783,10 @@ class Policy(nn.Module):
     def __init__(self, model, unwritable: Tensor):
         super().__init__()
         self.model = model
-        self.register_buffer("unwritable", unwritable, persistent=False)
+        self.register_buffer("unwritable", unwritable.to(model.device), persistent=False)
         vision = model.config.vision_config
         pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        self.register_buffer("blank", torch.zeros(vision.spatial_merge_size**2, pixels), persistent=False)
+        self.register_buffer("blank", torch.zeros(vision.spatial_merge_size**2, pixels, device=model.device), persistent=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [tokens, D] -> [tokens, V], in float32."""
@@ -876,7 +876,8 @@ def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, greedy: bool 
         cache.batch_repeat_interleave(n)
         ids, seen, deltas = (x.repeat_interleave(n, 0) for x in (ids, seen, deltas))  # [B*n, ...]
         answers, open_rows = [[] for _ in ids], torch.arange(len(ids))
-        logps is None or logps.extend([] for _ in ids)
+        if logps is not None:
+            logps.extend([] for _ in ids)
         for start in range(0, max_tokens, chunk):
             core.rope_deltas = deltas  # generate counts positions from this attribute, which the last batch has left behind
             out = actor.generate(ids, attention_mask=seen, past_key_values=cache, logits_processor=[forbid],
@@ -1076,7 +1077,6 @@ def make_experts(cfg: Config):
     model, processor = load_model(cfg.model, torch.bfloat16 if torch.cuda.is_available() else torch.float32, **spread)
     encoder = Encoder(processor, model, cfg)
     policy = Policy(model if spread else model.to(accelerator.device), encoder.unwritable)
-    policy.blank = policy.blank.to(model.device)
     problems = encoder.load(cfg.data, cfg.split)
     texts = read_texts(cfg.score, problems, encoder) if cfg.score else None
     problems = list({p.id: p for p in problems}.values())  # each question once
@@ -1103,7 +1103,7 @@ def make_experts(cfg: Config):
             return int(len(rewards[p.id]) < cfg.samples and 1.0 not in rewards[p.id])
         return cfg.samples - len(rewards[p.id])
 
-    todo = [p for p in sorted(problems, key=encoder.length) if missing(p) > 0]
+    todo = sorted((p for p in problems if missing(p) > 0), key=encoder.length)
     say(f"{path}: {len(todo)} of {len(problems)} questions need answers")
     todo, tokens, gaps, start = todo[rank::world], 0, [], time.perf_counter()
     bar = tqdm(total=len(todo), unit="question", desc="experts", disable=None if main else True)  # None: only on a terminal
@@ -1176,7 +1176,7 @@ def rectify(actor, encoder: Encoder, groups: list[Group]):
     with the pictures a second time, that each further round cuts one step earlier, and the numbers of tries and rounds.
     All of it is local to this process: it needs the actor alone, and no process waits for another.
     """
-    cfg, judge = encoder.cfg, Policy(actor, encoder.unwritable).to(actor.device).eval()
+    cfg, judge = encoder.cfg, Policy(actor, encoder.unwritable).eval()
     for group in groups:
         flawed = next((t for t in group.trajectories if not t.is_expert and t.reward == 0 and t.finished), None)
         group.rectification = flawed and localise(judge, group, flawed, encoder.tokenizer)
@@ -1429,29 +1429,28 @@ class Trainer:
         """One optimizer update on this process's groups, in micro-batches."""
         cfg, trajectories = self.cfg, [t for group in groups for t in group.trajectories]
         sizes = len(trajectories), sum(len(t.ids) for t in trajectories), sum(abs(t.advantage) for t in trajectories)
-        n_trajectories, n_tokens, signal = self.total(*sizes)
+        n_trajectories, n_tokens, at_stake = self.total(*sizes)
         self.policy.train()
         for part in batches(groups, cfg.micro_batch):
             trajectories = [t for group in part for t in group.trajectories]
             batch = pack(part).to(self.device)
-            trouble = f"the update, {len(part)} groups at once in rows of {batch.ids.shape[1]} tokens", "--micro_batch, --max_answer or --max_pixels"
-            with naming_memory(*trouble):
+            size = f"the update, {len(part)} groups at once in rows of {batch.ids.shape[1]} tokens"
+            with naming_memory(size, "--micro_batch, --max_answer or --max_pixels"):
                 logp = self.policy(batch)  # [N, T]
-            for t, row in zip(trajectories, logp.detach().cpu()):
-                t.logp = row[: len(t.ids)]
-                t.behavior_logp = t.logp if t.behavior_logp is None else t.behavior_logp  # None: written by this very policy
-            column = lambda name: pad([getattr(t, name) for t in trajectories]).to(self.device)  # noqa: E731 [N, T]
-            loss, metrics = tgrl_loss(
-                logp, column("behavior_logp"), batch.mask, batch.advantages, batch.is_expert, batch.expert_ok,
-                token_shares(batch.mask, "dapo" if cfg.token_mean else "grpo", n_trajectories, n_tokens),
-                sharpness=self.sharpness, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
-                kl_coef=cfg.kl_coef, ref_logp=column("ref_logp") if cfg.kl_coef else None,
-            )  # fmt: skip
-            with naming_memory(*trouble):
+                for t, row in zip(trajectories, logp.detach().cpu()):
+                    t.logp = row[: len(t.ids)]
+                    t.behavior_logp = t.logp if t.behavior_logp is None else t.behavior_logp  # None: written by this very policy
+                column = lambda name: pad([getattr(t, name) for t in trajectories]).to(self.device)  # noqa: E731 [N, T]
+                loss, metrics = tgrl_loss(
+                    logp, column("behavior_logp"), batch.mask, batch.advantages, batch.is_expert, batch.expert_ok,
+                    token_shares(batch.mask, "dapo" if cfg.token_mean else "grpo", n_trajectories, n_tokens),
+                    sharpness=self.sharpness, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
+                    kl_coef=cfg.kl_coef, ref_logp=column("ref_logp") if cfg.kl_coef else None,
+                )  # fmt: skip
                 (loss * self.world).backward()  # shares are of all processes, but sharded gradients are averaged over them
             tally.add(**metrics)
         norm = float(whole(nn.utils.clip_grad_norm_(self.policy.parameters(), cfg.max_grad_norm)))
-        useful = signal > 0 or cfg.kl_coef > 0  # without any advantage, only weight decay and momentum would move
+        useful = at_stake > 0 or cfg.kl_coef > 0  # without any advantage, only weight decay and momentum would move
         if useful and math.isfinite(norm):
             with naming_memory("the optimizer's step", "nothing: take more processes, or --freeze_vision"):
                 self.optimizer.step()
@@ -1619,16 +1618,16 @@ class Trainer:
         self.refresh_actor()
         start = time.perf_counter()
         answers = self.sample(endless, [prompt] * at_once)[0]
-        sampled, peaks = time.perf_counter(), [peak_memory()]
+        sampled, sampling_peak = time.perf_counter(), peak_memory()
         answers = [Trajectory(ids, "", 1.0, advantage=(-1.0) ** i) for i, ids in zip(range(cfg.n_on + cfg.n_off), itertools.cycle(answers))]
         groups = [Group(problem, prompt, answers)] * cfg.micro_batch
         self.set_log_probs(groups)
         self.update(groups, Tally())
-        updated, peaks = time.perf_counter(), [*peaks, peak_memory()]
+        updated = time.perf_counter()
         mine = cfg.questions_per_rollout // self.world
         rounds = math.ceil(mine / at_once) * (sampled - start) + math.ceil(mine / cfg.micro_batch) * (updated - sampled)
-        say(f"  sampling {at_once * cfg.n_on} answers at once  {sampled - start:7.1f} s   peak {peaks[0]:.1f} GiB\n"
-            f"  scoring and updating on {cfg.micro_batch} groups at once  {updated - sampled:7.1f} s   peak {peaks[1]:.1f} GiB\n"
+        say(f"  sampling {at_once * cfg.n_on} answers at once  {sampled - start:7.1f} s   peak {sampling_peak:.1f} GiB\n"
+            f"  scoring and updating on {cfg.micro_batch} groups at once  {updated - sampled:7.1f} s   peak {peak_memory():.1f} GiB\n"
             f"These fit. A step of as long questions and answers would take {rounds / 60:.1f} minutes a draw. Nothing was written.")  # fmt: skip
 
     def learn(self, step: int, tally: Tally):
@@ -1685,7 +1684,7 @@ class Trainer:
 # A picture shows a w x h grid; asked is its area plus its edge. An answer reads the two sides off the picture (perception)
 # and then takes three steps (transitions), each by its right rule or a wrong one. The expert mostly follows the right ones.
 # The student sees as well as the expert, but nearly always goes wrong on the way from what it sees to the answer, which is
-# the failure of Fig. 1 (B): by itself it is right about once in 1000 answers, so that exploration alone is slow.
+# the failure of Fig. 1 (B): by itself it is right less than once in 1000 answers, so that exploration alone is slow.
 
 TOY_QUESTION = "<image>What is the area of the grid plus the length of its edge?"
 TOY_SIDES = range(1, 8)
@@ -1776,7 +1775,7 @@ def toy_world(folder: Path, cfg: Config):
     datasets.disable_progress_bars()
     if folder.exists():
         return
-    say("warming up a base model, an expert and a student: about two minutes, once")
+    say("warming up a base model, an expert and a student: about a minute and a half, once")
     folder, finished = folder.with_suffix(".tmp"), folder
     set_seed(0)
     rng, processor = random.Random(0), toy_processor(cfg.instruction)
