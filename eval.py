@@ -17,7 +17,6 @@ import base64
 import collections
 import dataclasses
 import hashlib
-import html
 import importlib.metadata
 import itertools
 import json
@@ -26,15 +25,18 @@ import os
 import random
 import re
 import statistics
-import string
 import sys
+import tempfile
 import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jinja2
 import math_verify
+import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 
 import tgrl
 from tgrl import BadInput, is_equivalent
@@ -47,16 +49,13 @@ def read_lines(path: Path) -> list:
     """The records of a .jsonl file. A torn last line is what a killed, or a running, training leaves: skipped, and said."""
     if not path.is_file():
         raise BadInput(f"there is no {path}; of a training, give the folder that `tgrl.py train --out` wrote, once its first step is done")
-    text, records = path.read_text(encoding="utf-8", errors="replace"), []
-    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines would also split inside of some strings
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise BadInput(f"line {number} of {path} is not JSON; remove that line") from None
-            print(f"{path}: the last line, {number}, is incomplete and left out", file=sys.stderr)
-    return records
+    *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")  # splitlines would also split inside of some strings
+    if torn:
+        print(f"{path}: the last line, {len(lines) + 1}, is incomplete and left out", file=sys.stderr)
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path} has a line that is not JSON, {error.doc[:40]!r}; remove it") from None
 
 
 # ===== Rules: (what was said, the record with answer and choices) -> right or wrong ===================================
@@ -71,16 +70,14 @@ def find_answer(text: str) -> str | None:
     _, thought, said = text.rpartition("</think>")
     if "<think>" in text and not thought:
         return None
-    before, *told = re.split(r"(?im)answer is\b[:*]*\s*|^\W*(?:the |my )?(?:final |correct )?answer\W*?:\**\s*", said)
-    return told[-1].split("\n")[0].strip() or None if told else None
+    _, *answers = re.split(r"(?im)answer is\b[:*]*\s*|^\W*(?:the |my )?(?:final |correct )?answer\W*?:\**\s*", said)
+    return answers[-1].split("\n")[0].strip() or None if answers else None
 
 
 def plain(text: str) -> str:
     """Without LaTeX's text commands and spaces, formula signs, bold, a full stop at the end, and case."""
-    text = re.sub(r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3})", ",", text)
-    text = re.sub(r"(?<!\\)\\(?:[,;:! ]|q?quad\b)|~", " ", text)
-    text = re.sub(r"\\(?:text|math)(?:rm|bf|it)?\s*\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"\s+", " ", re.sub(r"\\[()\[\]]|\\?\$|\*\*", "", text)).strip().rstrip(" .").lower()
+    text = tgrl.without_latex(re.sub(r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3})", ",", text))
+    return text.replace("**", "").strip().rstrip(" .").lower()
 
 
 def equivalent(said: str, item: dict) -> bool:
@@ -115,63 +112,45 @@ def number(text: str) -> float | None:
     value = r"(-? ?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:e[+-]?\d+)?)(?:/(\d+(?:\.\d+)?))?"
     found = re.fullmatch(rf"[a-zα-ωµå_ =:≈€£¥'\"(]*?{value}(?:[a-zα-ωµå %°'\"/.)](?:\^\{{?[23]\}}?|[²³])?)*", text)
     try:
-        return float(found[1].replace(",", "").replace(" ", "")) / float(found[2] or 1)
+        value = float(found[1].replace(",", "").replace(" ", "")) / float(found[2] or 1)
     except (TypeError, ValueError, ZeroDivisionError):
         return None
+    return value if math.isfinite(value) else None
 
 
 def rounded(said: str, item: dict) -> bool:
-    """MathVista's integers (their decimals cut off by int) and floats (rounded to the item's precision): equal as text."""
-    value, precision = number(said), item["precision"]
-    if value is None or not math.isfinite(value):
-        return is_equivalent(said, item["answer"])  # a formula
-    return str(round(value, precision) if precision else int(value)) == item["answer"]
-
-
-def numbers(said: str, item: dict) -> bool:
-    """MathVista's lists, [0, 8]: the same numbers in the same order."""
-    said, wanted = ([number(part) for part in re.split(r"[,;]|\band\b", re.sub(r"[\[\](){}\\]", " ", plain(text)))] for text in (said, item["answer"]))
-    return said == wanted and None not in said
-
-
-def two_decimals(said: str, item: dict) -> bool:
-    """MathVision's for free answers: equivalent, or a decimal number that is the same when both are rounded to two places."""
-    if is_equivalent(said, item["answer"]):
-        return True
-    value, answer = number(said) if "." in said else None, number(item["answer"])
-    if answer is None and value is not None:  # pi and roots, in the benchmark's own answer
-        parsed = math_verify.parse(f"${item['answer'].strip('$').translate(tgrl.UNICODE)}$")
-        answer = float(parsed[0].evalf()) if parsed and getattr(parsed[0], "is_number", False) and parsed[0].is_real else None
-    return value is not None and answer is not None and round(value, 2) == round(answer, 2)
+    """Equivalent, or equal once both are rounded to the item's decimals; cut off by int where it has 0, as MathVista's integers are."""
+    answer, places = item["answer"], item["precision"]
+    value, wanted = number(said), number(answer)
+    if wanted is None and value is not None:  # pi and roots, in the benchmark's own answer
+        parsed = math_verify.parse(f"${answer.strip('$').translate(tgrl.UNICODE)}$")
+        wanted = float(parsed[0].evalf()) if parsed and getattr(parsed[0], "is_number", False) and parsed[0].is_real else None
+    cut = lambda x: round(x, places) if places else int(x)  # noqa: E731
+    return is_equivalent(said, answer) or (None not in (value, wanted) and cut(value) == cut(wanted))
 
 
 def parts(said: str, item: dict) -> bool:
-    """MathVerse's answers, some of several lines: as many parts are said, letters in any order, others equivalent and in this one."""
+    """Answers of several lines: as many parts are said, letters in any order, others equivalent and in this one."""
     wanted = [part.strip() for part in item["answer"].split("\n") if part.strip()]
-    if letters := [match[1] for part in wanted if (match := re.fullmatch(r"\(?([A-J])\)?", part))]:
-        if len(wanted) == 1:
-            return choice(said, item | {"answer": letters[0]})
-        return sorted(re.findall(r"[a-j]", re.sub(r"\band\b", " ", plain(said)))) == sorted(map(str.lower, letters)) and not re.search("[k-z]", plain(said).replace("and", ""))
-    told = [said]
+    if all(re.fullmatch(r"\(?[A-J]\)?", part) for part in wanted):
+        letters = lambda text: sorted(re.sub(r"\band\b|[^a-z]", "", plain(text)))  # noqa: E731
+        return letters(said) == letters(item["answer"])
+    some = [said]
     if len(wanted) > 1:  # commas within numbers and brackets belong to a part
         said = re.sub(r"\\text\s*\{\s*and\s*\}", " and ", said)
-        told = [part for part in re.split(r"[;\n]|\\\\|\band\b|,(?!\d{3}(?!\d))(?![^(\[]*[)\]])", said) if part.strip()]
-    return len(told) == len(wanted) and all(is_equivalent(a, b) for a, b in zip(told, wanted))
+        said = re.sub(r"^\W*[\[({]([^\[\](){}]*)[\])}]\W*$", r"\1", said.replace("\\}", "}"))  # [0, 8]
+        some = [part for part in re.split(r"[;\n]|\\\\|\band\b|,(?!\d{3}(?!\d))(?![^(\[]*[)\]])", said) if part.strip()]
+    return len(some) == len(wanted) and all(map(is_equivalent, some, wanted))
 
 
 def any_of(said: str, item: dict) -> bool:
-    """MMMU's for open questions: one of the answers as a number, to two decimals, or as words that are in what was said."""
-    value = number(said)
-    for answer in item["answer"] if isinstance(item["answer"], list) else [item["answer"]]:
-        wanted = number(answer) if re.fullmatch(r"[^A-Za-z]*", answer) else None
-        if wanted is not None and value is not None and round(value, 2) == round(wanted, 2):
-            return True
-        if is_equivalent(said, answer) or (wanted is None and re.search(rf"(?<!\w){re.escape(plain(answer))}(?!\w)", plain(said))):
-            return True
-    return False
+    """MMMU's for open questions: one of the answers, to two decimals, or as words that are in what was said."""
+    answers = item["answer"] if isinstance(item["answer"], list) else [item["answer"]]
+    has_words = lambda answer: re.search("[A-Za-z]", answer) and re.search(rf"(?<!\w){re.escape(plain(answer))}(?!\w)", plain(said))  # noqa: E731
+    return any(rounded(said, {"answer": answer, "precision": 2}) or has_words(answer) for answer in answers)
 
 
-RULES = {rule.__name__: rule for rule in (equivalent, choice, yes_or_no, rounded, numbers, two_decimals, parts, any_of)}
+RULES = {rule.__name__: rule for rule in (equivalent, choice, yes_or_no, rounded, parts, any_of)}
 
 
 def judge(texts: list[str], item: dict) -> dict:
@@ -210,36 +189,40 @@ def mathvista(row: dict) -> dict:
     """Official: a language model extracts, then these rules; where no option fits, the one of least edit distance is taken, here none is.
     NoisyRollout compares the extracted letter or text as strings, so that 12.0 is not 12."""
     by = {"type": row["question_type"], "task": row["metadata"]["task"], "language": row["metadata"]["language"]}
-    item = {"problem": row["query"], "images": [row["decoded_image"]], "answer": row["answer"], "by": by}
+    item = {"problem": row["query"], "image": row["decoded_image"], "answer": row["answer"], "by": by}
     if row["question_type"] == "multi_choice":
         return item | {"rule": "choice", "answer": LETTERS[row["choices"].index(row["answer"])], "choices": row["choices"]}
-    rule = {"integer": "rounded", "float": "rounded", "list": "numbers", "text": "equivalent"}[row["answer_type"]]
+    if row["answer_type"] == "list":
+        return item | {"rule": "parts", "answer": "\n".join(map(str, ast.literal_eval(row["answer"])))}
+    rule = {"integer": "rounded", "float": "rounded", "text": "parts"}[row["answer_type"]]
     return item | {"rule": rule, "precision": int(row["precision"] or 0) if row["answer_type"] == "float" else 0}
 
 
 def wemath(row: dict) -> dict:
     """Plain accuracy over all questions, as in the paper's tables and NoisyRollout; the official four-dimensional score is another scale."""
     question = f"{row['question']}\n\nOptions: {row['option']}"
-    return {"problem": question, "images": [row["image_path"]], "answer": row["answer"], "rule": "choice",
-            "choices": split_options(row["option"]), "by": {"steps": row["key"]}}  # fmt: skip
+    choices, by = split_options(row["option"]), {"steps": row["key"]}
+    return row | {"problem": question, "image": row["image_path"], "rule": "choice", "choices": choices, "by": by}
 
 
 def mathvision(row: dict) -> dict:
     """Official: option letter, option value, or equal when rounded to two decimals. NoisyRollout: strict equality of strings."""
     options = list(row["options"] or ())
     question = re.sub(r"<image\d+>", "", row["question"]) + ("\nOptions:\n" + lettered(options) if options else "")
-    item = {"problem": question, "images": [row["decoded_image"]], "answer": row["answer"].replace("\f", "\\f"),
+    item = {"problem": question, "image": row["decoded_image"], "answer": row["answer"].replace("\f", "\\f"),
             "by": {"type": "choice" if options else "free", "level": row["level"], "subject": row["subject"]}}  # fmt: skip
-    if options and row["answer"] in LETTERS:  # some are just A to E, or pictures: then only the letter can be right
+    if options and row["answer"] in list(LETTERS):  # some are just A to E, or pictures: then only the letter can be right
         return item | {"rule": "choice", "choices": options}
-    return item | {"rule": "two_decimals"}
+    return item | {"rule": "rounded", "precision": 2}
 
 
 def mathverse(row: dict) -> dict:
     """Official and NoisyRollout: a language model judges the extracted answer. A rule counts fewer free answers as right; compare the choices."""
     choices = split_options(row["question_for_eval"].partition("Choices:")[2])
     by = {"version": row["problem_version"], "type": row["question_type"], "subject": row["metadata"]["subject"]}
-    return {"problem": row["query_cot"], "images": [row["image"]], "answer": row["answer"], "rule": "parts", "choices": choices, "by": by}
+    if label := re.fullmatch(r"\(?([A-J])\)?", row["answer"].strip()):
+        return row | {"problem": row["query_cot"], "answer": label[1], "rule": "choice", "choices": choices, "by": by}
+    return row | {"problem": row["query_cot"], "rule": "parts", "by": by}
 
 
 def hallusionbench(row: dict) -> dict:
@@ -248,8 +231,9 @@ def hallusionbench(row: dict) -> dict:
     where = [str(row[key]) for key in ("category", "subcategory", "set_id")]
     question = row["question"] + "\nThe final answer can only be \\boxed{yes} or \\boxed{no}."
     together = {"fAcc": "/".join([*where, str(row["figure_id"])]), "qAcc": "/".join([*where, str(row["question_id"])])}
-    return {"problem": question, "images": [row["image"]], "answer": {"0": "no", "1": "yes"}[str(row["gt_answer"])], "rule": "yes_or_no",
-            "by": {"category": row["category"], "subcategory": row["subcategory"]}, "together": together}  # fmt: skip
+    by = {"category": row["category"], "subcategory": row["subcategory"]}
+    answer = {"0": "no", "1": "yes"}[str(row["gt_answer"])]
+    return row | {"problem": question, "answer": answer, "rule": "yes_or_no", "by": by, "together": together}
 
 
 def mmmu(row: dict) -> dict:
@@ -258,22 +242,23 @@ def mmmu(row: dict) -> dict:
     shown = row.get("question") or "Answer the question in the picture by the letter of the option."  # MMMU-Pro's vision rows have both there
     if options and row.get("question"):
         shown += "\n" + lettered(options)
-    tags = re.findall(r"<image (\d)>", shown)
-    item = {"problem": re.sub(r"<image \d>", tgrl.PLACEHOLDER, shown), "images": [row[f"image_{i}"] for i in tags] or [row.get("image") or row["image_1"]],
-            "by": {"subject": row.get("subject") or re.sub(r"^[a-z]+_|_\d+$", "", row["id"])}}  # fmt: skip
+    images = [row[f"image_{i}"] for i in re.findall(r"<image (\d)>", shown)] or [row.get("image") or row["image_1"]]
+    by = {"subject": row.get("subject") or re.sub(r"^[a-z]+_|_\d+$", "", row["id"])}
+    item = {"problem": re.sub(r"<image \d>", tgrl.PLACEHOLDER, shown), "images": images, "answer": row["answer"], "by": by}
     if options:
-        return item | {"answer": row["answer"], "rule": "choice", "choices": options}
-    return item | {"answer": ast.literal_eval(row["answer"]) if row["answer"].startswith("[") else row["answer"], "rule": "any_of"}
+        return item | {"rule": "choice", "choices": options}
+    answers = list(map(str, ast.literal_eval(row["answer"]))) if row["answer"].startswith("[") else row["answer"]
+    return item | {"rule": "any_of", "answer": answers}
 
 
 def mmstar(row: dict) -> dict:
-    options = split_options(row["question"].partition("Options:")[2])
-    return {"problem": row["question"], "images": [row["image"]], "answer": row["answer"], "rule": "choice", "choices": options, "by": {"category": row["category"]}}
+    choices = split_options(row["question"].partition("Options:")[2])
+    return row | {"rule": "choice", "choices": choices, "by": {"category": row["category"]}}
 
 
 def ai2d(row: dict) -> dict:
-    return {"problem": f"{row['question']}\n{lettered(row['options'])}", "images": [row["image"]], "answer": LETTERS[int(row["answer"])],
-            "rule": "choice", "choices": row["options"]}  # fmt: skip
+    question = f"{row['question']}\n{lettered(row['options'])}"
+    return row | {"problem": question, "answer": LETTERS[int(row["answer"])], "rule": "choice", "choices": row["options"]}
 
 
 BENCHMARKS = {
@@ -293,9 +278,12 @@ BENCHMARKS = {
     "problems": Benchmark(problems, "", "test"),  # any: problems=held_out.jsonl
 }
 PAPER = {  # Tables 1 and 3: Qwen2.5-VL-7B, before and after training on Geo3K, in the order of the first five above
-    "Qwen2.5-VL-7B": (63.10, 67.50, 46.20, 25.00, 64.60), "GRPO": (67.40, 70.50, 50.80, 27.30, 69.80), "DAPO": (69.30, 70.30, 50.60, 26.50, 67.90),
-    "TGRL-GRPO": (70.29, 71.50, 51.08, 27.41, 72.02), "TGRL-DAPO": (71.05, 71.40, 55.21, 28.61, 71.29),
-}  # fmt: skip
+    "paper, Qwen2.5-VL-7B": (63.10, 67.50, 46.20, 25.00, 64.60),
+    "paper, GRPO": (67.40, 70.50, 50.80, 27.30, 69.80),
+    "paper, DAPO": (69.30, 70.30, 50.60, 26.50, 67.90),
+    "paper, TGRL-GRPO": (70.29, 71.50, 51.08, 27.41, 72.02),
+    "paper, TGRL-DAPO": (71.05, 71.40, 55.21, 28.61, 71.29),
+}
 FIVE = list(BENCHMARKS)[:5]
 
 # ===== run: answer the questions, and record ==========================================================================
@@ -313,46 +301,39 @@ def as_trained(model: str) -> dict:
 
 
 def read_benchmark(name: str, source: str, limit: int) -> list[dict]:
-    """The rows; of a downloaded folder that holds several configurations, those of the benchmark's."""
-    benchmark = BENCHMARKS[name]
-    for config in (benchmark.config, None) if Path(source).is_dir() else (benchmark.config if source == benchmark.hub else None,):
+    """The rows; a folder may hold the benchmark's configuration, or its rows alone."""
+    benchmark, failures = BENCHMARKS[name], []
+    for config in dict.fromkeys((benchmark.config, None)):
         try:
             return list(itertools.islice(tgrl.read_rows(source, benchmark.split, config), limit or None))
         except BadInput as error:
-            failure = error
+            failures.append(error)
     advice = f"\nOr download it where there is a network (`hf download --repo-type dataset {source} --local-dir FOLDER`), and say {name}=FOLDER"
-    raise BadInput(f"{failure}{advice * (source == benchmark.hub and name != 'toy')}")
+    raise BadInput(f"{failures[0]}{advice * (source == benchmark.hub and name != 'toy')}")
 
 
-def load(name: str, source: str, cfg: tgrl.Config) -> tuple[list[tuple[tgrl.Problem, dict]], list[dict]]:
-    """The questions with their records so far; and the records of rows that cannot be read."""
-    benchmark, rows = BENCHMARKS[name], read_benchmark(name, source, cfg.limit)
-    root = tgrl.picture_root(source, cfg.image_root)
-    if not rows:
-        raise BadInput(f"{name}: {source} is empty")
-    try:
-        benchmark.read(rows[0])
-    except KeyError as missing:
-        raise BadInput(f"{name}: {source} has no column {missing}, or a value in it that is new; its columns are: {', '.join(rows[0])}") from None
-    except Exception:  # noqa: S110 a bad first row is one row
-        pass
+def load(name: str, source: str, cfg: tgrl.Config) -> list[tuple[tgrl.Problem | None, dict]]:
+    """The questions, each with what its record says before it is answered; None: a row that cannot be read, which counts as wrong."""
+    rows, root = read_benchmark(name, source, cfg.limit), tgrl.picture_root(source, cfg.image_root)
 
     def read(number, row):
         record = {"row": number, "by": {}}
         try:
-            item = {"choices": []} | benchmark.read(row)
-            record |= {key: item[key] for key in ("by", "together") if key in item}
-            problem = tgrl.read_problem({key: item[key] for key in ("problem", "question", "images", "image", "answer") if key in item}, root)
+            item = {"choices": []} | BENCHMARKS[name].read(row)
+            record |= {key: item[key] for key in ("rule", "choices", "precision", "by", "together") if key in item}
+            problem = dataclasses.replace(tgrl.read_problem(item, root), row=number)
         except Exception as error:  # a row may hold anything
-            reason = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}, {error}"
+            reason = f"it has no column {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
             return None, record | {"error": reason, "extracted": [None] * cfg.samples, "correct": [False] * cfg.samples}
         answer = item["answer"] if isinstance(item["answer"], list) else problem.answer
-        kept = {key: item[key] for key in ("rule", "choices", "precision") if key in item}
-        return dataclasses.replace(problem, row=number), record | {"id": problem.id, "answer": answer} | kept
+        return problem, record | {"id": problem.id, "answer": answer}
 
     with ThreadPoolExecutor() as pool:
         pairs = list(pool.map(read, itertools.count(), rows))
-    return [(p, record) for p, record in pairs if p], [record for p, record in pairs if not p]
+    if not any(problem for problem, _ in pairs):
+        why = f"the first because {pairs[0][1]['error']}, its columns are: {', '.join(rows[0])}" if rows else "it is empty"
+        raise BadInput(f"{name}: none of the {len(rows)} rows of {source} can be read; {why}")
+    return pairs
 
 
 def check_same(path: Path, found: dict, wanted: dict):
@@ -362,21 +343,24 @@ def check_same(path: Path, found: dict, wanted: dict):
             raise BadInput(f"{path} is of another evaluation: {key} is {found.get(key)!r} there and {value!r} here. Give another --out")
 
 
-def begin(path: Path, header: dict, items: list, unreadable: list):
-    """Open the file of a benchmark, or make sure that it is of this same evaluation, to go on with it."""
+def write_lines(path: Path, records: list[dict]):
+    """A whole file, written beside and renamed."""
+    path.with_suffix(".tmp").write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.with_suffix(".tmp").rename(path)
+
+
+def begin(path: Path, header: dict, pairs: list) -> set[int]:
+    """Open the file of a benchmark, or go on with it if it is of this same evaluation: -> the rows that are answered."""
     found, *records = (read_lines(path) if path.exists() else []) or [{}]
     if records:
         check_same(path, found, header)
-    ids = {p.row: p.id for p, _ in items}
-    for r in records:
-        if "texts" in r and ids.get(r["row"]) != r["id"]:
-            raise BadInput(f"{path}: row {r['row']} of {header['source']} was another question when it was answered. Give another --out")
-    if not records:
-        versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "math-verify")}
-        path.unlink(missing_ok=True)
-        tgrl.append_records(path, [header | {"versions": versions}])
-    known = {(r["row"], r.get("error")) for r in records}
-    tgrl.append_records(path, [r for r in unreadable if (r["row"], r["error"]) not in known])
+    ids, answered = {record["row"]: record.get("id") for _, record in pairs}, [r for r in records if "texts" in r]
+    for r in answered:
+        if ids.get(r["row"]) != r["id"]:
+            raise BadInput(f"{path}: row {r['row']} of {header['source']} was another question, or readable, when it was answered. Give another --out")
+    versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "math-verify")}
+    write_lines(path, [{"versions": versions} | found | header, *(record for problem, record in pairs if not problem), *answered])
+    return {r["row"] for r in answered}
 
 
 def evaluate(path: Path, items: list, done: set[int], encoder: tgrl.Encoder, model, accelerator, temperature: float):
@@ -384,8 +368,8 @@ def evaluate(path: Path, items: list, done: set[int], encoder: tgrl.Encoder, mod
     cfg, main = encoder.cfg, accelerator.is_main_process
     # One division into batches, whatever is done already and however many processes there are: the same batches give the same answers.
     items = sorted(items, key=lambda item: (-encoder.length(item[0]), item[0].row))
-    todo = [[item for item in part if item[0].row not in done] for part in tgrl.batches(items, max(1, cfg.generate_batch // cfg.samples))]
-    todo = [part for part in todo if part]
+    parts = tgrl.batches(items, max(1, cfg.generate_batch // cfg.samples))
+    todo = [part for part in parts if not done.issuperset(problem.row for problem, _ in part)]
     tgrl.say(f"{path}: {sum(map(len, todo))} of {len(items)} questions to answer")
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     with tgrl.tqdm(total=sum(map(len, mine)), unit="question", desc=path.stem, disable=None if main else True) as bar:
@@ -398,31 +382,34 @@ def evaluate(path: Path, items: list, done: set[int], encoder: tgrl.Encoder, mod
             for (problem, record), some in zip(part, answers):
                 texts = [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in some]
                 prompt = hashlib.sha256(encoder.text(problem).encode()).hexdigest()[:16]
-                told = {"prompt": prompt, "seconds": seconds, "texts": texts, "finished": [ids[-1] in encoder.ends for ids in some]}
-                lines.append(record | told | judge(texts, record))
-            tgrl.append_records(path, lines)
+                finished = [ids[-1] in encoder.ends for ids in some]
+                lines.append(record | {"prompt": prompt, "seconds": seconds, "texts": texts, "finished": finished} | judge(texts, record))
+            tgrl.append_records(path, [line for line in lines if line["row"] not in done])
             bar.update(len(part))
-    accelerator.wait_for_everyone()
 
 
-def rescore(out: Path):
-    """Grade the recorded answers again."""
-    for path, header, records in evaluations(out):
-        judged = [record | judge(record["texts"], record) if "texts" in record else record for record in records]
-        changed = [record["row"] for record, new in zip(records, judged) if record["correct"] != new["correct"]]
-        path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in (header, *judged)))
-        path.with_suffix(".tmp").rename(path)
-        print(f"{path}: {len(changed)} of {len(records)} verdicts changed" + f": rows {changed[:20]}" * bool(changed))
+def regrade(out: Path):
+    """Grade the recorded answers again, without a model; then the report."""
+    for name, (header, records) in evaluations(out).items():
+        judged = {row: record | judge(record["texts"], record) if "texts" in record else record for row, record in records.items()}
+        changed = [row for row in records if records[row]["correct"] != judged[row]["correct"]]
+        write_lines(out / f"{name}.jsonl", [header, *judged.values()])
+        print(f"{name}: {len(changed)} of {len(records)} verdicts changed" + f": rows {changed[:20]}" * bool(changed))
+    report(out)
 
 
-def run(model: str, benchmarks: list[str], out: Path, temperature: float = 0.0, **options):
+def run(model: str, benchmarks: list[str], out: Path, temperature: float = 0.0, rescore: bool = False, **options):
     """Benchmarks of a model into OUT, a file each; then the report on everything that OUT holds."""
-    if not model or not benchmarks:
+    if rescore:
+        return regrade(out)
+    if not benchmarks:
         raise BadInput(f"give a model and benchmarks, name or name=path; known are {', '.join(BENCHMARKS)}")
     sources = {}
     for name, _, path in (text.partition("=") for text in benchmarks):
         if name not in BENCHMARKS:
             raise BadInput(f"there is no benchmark {name!r}; known are {', '.join(BENCHMARKS)}")
+        if name in sources:
+            raise BadInput(f"{name} is there twice; a folder holds one evaluation of it, so give each an --out")
         sources[name] = path or BENCHMARKS[name].hub
         if not sources[name]:
             raise BadInput(f"{name} needs a file: {name}=questions.jsonl")
@@ -434,21 +421,20 @@ def run(model: str, benchmarks: list[str], out: Path, temperature: float = 0.0, 
     net, processor = tgrl.load_model(model, torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32)
     encoder, net = tgrl.Encoder(processor, net, cfg), net.to(accelerator.device)
     place = lambda source: str(Path(source).resolve()) if Path(source).exists() else source  # noqa: E731
-    asked = {"model": place(model), "samples": cfg.samples, "temperature": temperature, "seed": cfg.seed, "dtype": str(net.dtype)} | {key: getattr(cfg, key) for key in ASKED}
+    asked = {"model": place(model), "temperature": temperature, "dtype": str(net.dtype)}
+    asked |= {key: getattr(cfg, key) for key in ("samples", "seed", *ASKED)}
+    done = {}
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-    for path, header, _ in evaluations(out, empty=True):
-        check_same(path, header, asked)
-    accelerator.wait_for_everyone()  # all have looked before one writes
-    for name, (items, unreadable) in loaded.items():
-        path = out / f"{name}.jsonl"
-        header = {"tgrl_eval": name, "source": place(sources[name]), "rows": len(items) + len(unreadable), **asked}
-        if accelerator.is_main_process:
-            begin(path, header, items, unreadable)
-        accelerator.wait_for_everyone()
-        done = {r["row"] for r in read_lines(path)[1:] if "texts" in r}
-        accelerator.wait_for_everyone()
-        evaluate(path, items, done, encoder, net, accelerator, temperature)
+        for name, (header, _) in evaluations(out, empty=True).items():
+            check_same(out / f"{name}.jsonl", header, asked)
+        for name, pairs in loaded.items():
+            header = {"tgrl_eval": name, "source": place(sources[name]), "rows": len(pairs), **asked}
+            done[name] = begin(out / f"{name}.jsonl", header, pairs)
+    [done] = broadcast_object_list([done])
+    for name, pairs in loaded.items():
+        evaluate(out / f"{name}.jsonl", [pair for pair in pairs if pair[0]], done[name], encoder, net, accelerator, temperature)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         report(out)
 
@@ -456,16 +442,13 @@ def run(model: str, benchmarks: list[str], out: Path, temperature: float = 0.0, 
 # ===== The report, and compare ========================================================================================
 
 
-def evaluations(out: Path, empty: bool = False) -> list[tuple[Path, dict, list[dict]]]:
-    """(file, header, records) of what `run` wrote into a folder; in the order of BENCHMARKS."""
-    found = []
-    for path in sorted(out.glob("*.jsonl")):
-        header, *records = read_lines(path) or [None]
-        if isinstance(header, dict) and header.get("tgrl_eval") in BENCHMARKS and records:
-            found.append((path, header, list({r["row"]: r for r in records}.values())))  # a row that could be read at last is there twice
+def evaluations(out: Path, empty: bool = False) -> dict[str, tuple[dict, dict[int, dict]]]:
+    """Benchmark -> (header, records by row) of what `run` wrote into a folder."""
+    files = {name: read_lines(out / f"{name}.jsonl") for name in BENCHMARKS if (out / f"{name}.jsonl").is_file()}
+    found = {name: (lines[0], {record["row"]: record for record in lines[1:]}) for name, lines in files.items() if len(lines) > 1}
     if not found and not empty:
         raise BadInput(f"{out} holds no evaluation; give the --out of `eval.py run`")
-    return sorted(found, key=lambda x: list(BENCHMARKS).index(x[1]["tgrl_eval"]))
+    return found
 
 
 def wilson(right: float, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -476,11 +459,9 @@ def wilson(right: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 def bootstrap(values: list[float], resamples: int = 10_000) -> tuple[float, float]:
     """The 95 % percentile interval of a mean over items."""
-    import numpy as np
-
-    rng, values = np.random.default_rng(0), np.asarray(values, dtype=float)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    return tuple(float(x) for x in np.quantile(means, (0.025, 0.975)))
+    distinct, counts = np.unique(values, return_counts=True)  # drawing items again is drawing how often each value comes
+    means = np.random.default_rng(0).multinomial(len(values), counts / len(values), resamples) @ distinct / len(values)
+    return tuple(np.quantile(means, (0.025, 0.975)).tolist())
 
 
 def score(records: list[dict]) -> dict:
@@ -494,21 +475,22 @@ def score(records: list[dict]) -> dict:
     return result
 
 
-def summarize(header: dict, records: list[dict]) -> dict:
-    groups, together = collections.defaultdict(list), collections.defaultdict(list)
+def summarize(header: dict, records: dict[int, dict]) -> dict:
+    groups, together, records = collections.defaultdict(list), collections.defaultdict(list), records.values()
     for record in records:
         for kind, value in record["by"].items():
             groups[f"{kind}: {value}"].append(record)
         for kind, value in record.get("together", {}).items():
             together[kind, value].append(record["correct"])
-    summary = score(records) | {
+    for (kind, _), some in together.items():  # right together is right in all of them
+        groups[kind].append({"correct": [all(column) for column in zip(*some)]})
+    return score(records) | {
+        "of": header["rows"], "model": header["model"], "samples": header["samples"],
         "unreadable": sum("error" in r for r in records),
-        "no answer found": sum(said is None for r in records for said in r["extracted"]),
+        "no answer found": sum(said is None for r in records if "error" not in r for said in r["extracted"]),
         "cut off": sum(not done for r in records for done in r.get("finished", [])),
-    }
-    for kind in dict.fromkeys(kind for kind, _ in together):
-        summary[kind] = score([{"correct": [all(column) for column in zip(*some)]} for (k, _), some in together.items() if k == kind])
-    return summary | {"by": {name: score(some) for name, some in sorted(groups.items())}, "of": header["rows"], "model": header["model"], "samples": header["samples"]}
+        "by": {name: score(some) for name, some in sorted(groups.items())},
+    }  # fmt: skip
 
 
 def told(name: str, s: dict) -> str:
@@ -520,49 +502,43 @@ def told(name: str, s: dict) -> str:
 def report(out: Path):
     """The table, summary.json and bars.png of a folder of evaluations."""
     found = evaluations(out)
-    summaries = {header["tgrl_eval"]: summarize(header, records) for _, header, records in found}
+    summaries = {name: summarize(*some) for name, some in found.items()}
     print(f"\n{'':35} rows accuracy   95 % interval")
     for name, s in summaries.items():
         print(told(name, s) + f"   NOT FINISHED, of {s['of']} rows" * (s["rows"] < s["of"]))
-        for kind in ("fAcc", "qAcc"):
-            if kind in s:
-                print(told(f"  {kind}", s[kind]))
         for group, some in s["by"].items():
             print(told(f"  {group}"[:34], some))
         print(f"  no answer found in {s['no answer found']}, cut off {s['cut off']}")
-    for path, _, records in found:
-        tgrl.report_left_out(path, [(r["row"], r["error"]) for r in records if "error" in r], len(records), fate="unreadable, counted as wrong")
-    average = None
-    if all(name in summaries and summaries[name]["rows"] == summaries[name]["of"] for name in FIVE):
-        average = statistics.fmean(summaries[name]["accuracy"] for name in FIVE)
+    for name, (_, records) in found.items():
+        left_out = [(row, record["error"]) for row, record in records.items() if "error" in record]
+        tgrl.report_left_out(out / f"{name}.jsonl", left_out, len(records), fate="unreadable, counted as wrong")
+    finished = {name: 100 * s["accuracy"] for name, s in summaries.items() if s["rows"] == s["of"]}
+    here = [finished.get(name, math.nan) for name in FIVE]
     if any(name in summaries for name in FIVE):
         print(f"\n{'in %':22}" + "".join(f"{name:>16}" for name in FIVE) + f"{'average':>10}")
-        print(f"{'here':22}" + "".join(f"{100 * summaries[name]['accuracy']:16.2f}" if name in summaries else f"{'–':>16}" for name in FIVE)
-              + (f"{100 * average:10.2f}" if average is not None else f"{'–':>10}"))  # fmt: skip
-        for method, values in PAPER.items():
-            print(f"{'paper, ' + method:22}" + "".join(f"{value:16.2f}" for value in values) + f"{statistics.fmean(values):10.2f}")
-        print("The paper's models are 7B, trained on Geo3K; it does not tell its prompt, pixels, nor grader.")
+        for method, values in {"here": here, **PAPER}.items():
+            numbers = "".join(f"{value:16.2f}" for value in values) + f"{statistics.fmean(values):10.2f}"
+            print(f"{method:22}" + numbers.replace("nan", "  –"))
+        print("The paper's models (Tables 1 and 3) are 7B, trained on Geo3K; it does not tell its prompt, pixels, nor grader.")
+    average = statistics.fmean(here) / 100 if all(name in finished for name in FIVE) else None
     (out / "summary.json").write_text(json.dumps({"average of the five": average, "benchmarks": summaries}, indent=1))
-    draw_bars({out.name: summaries}, out / "bars.png")
+    draw_bars({out.resolve().name: summaries}, out / "bars.png")
     print(f"\nwrote {os.path.relpath(out / 'summary.json')} and {os.path.relpath(out / 'bars.png')}")
 
 
 def draw_bars(runs: dict[str, dict], path: Path):
     from matplotlib.figure import Figure
 
-    names = [name for name in BENCHMARKS if any(name in summaries for summaries in runs.values())]
+    names, width = list(next(iter(runs.values()))), 0.8 / len(runs)
     figure = Figure(figsize=(1.6 + 1.1 * len(names) * max(1, len(runs) / 2), 3.6), dpi=150, layout="constrained")
-    axes, width = figure.subplots(), 0.8 / len(runs)
+    axes, places = figure.subplots(), np.arange(len(names))
     for i, (label, summaries) in enumerate(runs.items()):
-        for place, name in enumerate(names):
-            if s := summaries.get(name):
-                x, y = place + (i - (len(runs) - 1) / 2) * width, 100 * s["accuracy"]
-                axes.bar(x, y, width * 0.92, color=COLORS[i], label=label)
-                axes.errorbar(x, y, [[max(0, y - 100 * s["interval"][0])], [max(0, 100 * s["interval"][1] - y)]], color="#222", capsize=3, linewidth=1)
-                axes.annotate(f"{y:.1f}", (x, 100 * s["interval"][1]), (0, 3), textcoords="offset points", ha="center", fontsize=8)
-            label = ""  # once in the legend
-    axes.set(xticks=range(len(names)), ylabel="accuracy, %, 95 % interval", ylim=(0, 100))
-    axes.set_xticklabels(names, rotation=20, ha="right")
+        shares, intervals = (100 * np.array([s[key] for s in summaries.values()]) for key in ("accuracy", "interval"))
+        style = dict(color=COLORS[i], label=label, ecolor="#222", capsize=3)
+        bars = axes.bar(places + i * width, shares, width * 0.92, yerr=abs(intervals.T - shares), **style)
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axes.set_xticks(places + width * (len(runs) - 1) / 2, names, rotation=20, ha="right")
+    axes.set(ylabel="accuracy, %, 95 % interval", ylim=(0, 100))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right", fontsize=8)
     figure.savefig(path, facecolor="white")
@@ -576,7 +552,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 def compare(a: Path, b: Path, flips: int):
     """B against A on the items that both have answered."""
-    first, second = ({header["tgrl_eval"]: (header, records) for _, header, records in evaluations(out)} for out in (a, b))
+    first, second = evaluations(a), evaluations(b)
     names = [name for name in first if name in second]
     if not names:
         raise BadInput(f"{a} has {', '.join(first)} and {b} has {', '.join(second)}: nothing in common")
@@ -584,24 +560,23 @@ def compare(a: Path, b: Path, flips: int):
     print(f"\n{'':16} items        A        B    B − A   95 % interval       only A  only B   p (McNemar, exact)")
     for name in names:
         (header, records), (other, others) = first[name], second[name]
-        others = {record["row"]: record for record in others}
-        pairs = [(record, others[record["row"]]) for record in records if record["row"] in others]
-        if not pairs or any(x["id"] != y["id"] for x, y in pairs if "id" in x and "id" in y):
+        rows = [row for row in records if row in others]
+        if not rows or any(records[row].get("id", id) != id for row in rows if (id := others[row].get("id"))):
             raise BadInput(f"{name}: rows of {a} and {b} hold different questions; were they made from the same data?")
-        means = [(statistics.fmean(x["correct"]), statistics.fmean(y["correct"])) for x, y in pairs]
-        mean_a, mean_b = (statistics.fmean(column) for column in zip(*means))
-        low, high = bootstrap([y - x for x, y in means])
-        up, down = ([x for (x, _), (m, n) in zip(pairs, means) if (n > m if rises else m > n)] for rises in (True, False))
-        p = f"{mcnemar(len(down), len(up)):.3g}" if header["samples"] == other["samples"] == 1 else "–"
-        print(f"{name:16} {len(pairs):5}   {mean_a:6.1%}   {mean_b:6.1%}   {mean_b - mean_a:+6.1%}   {low:+6.1%} to {high:+6.1%}   {len(down):6}  {len(up):6}   {p}")
-        for what, some in (("right only in A", down), ("right only in B", up)):
+        right_a, right_b = (np.array([statistics.fmean(some[row]["correct"]) for row in rows]) for some in (records, others))
+        low, high = bootstrap(right_b - right_a)
+        only_a, only_b = ([row for row, more in zip(rows, where) if more] for where in (right_a > right_b, right_b > right_a))
+        p = f"{mcnemar(len(only_a), len(only_b)):.3g}" if header["samples"] == other["samples"] == 1 else "–"
+        print(f"{name:16} {len(rows):5}   {right_a.mean():6.1%}   {right_b.mean():6.1%}   {(right_b - right_a).mean():+6.1%}   "
+              f"{low:+6.1%} to {high:+6.1%}   {len(only_a):6}  {len(only_b):6}   {p}")  # fmt: skip
+        for which, some in (("A", only_a), ("B", only_b)):
             if flips and some:
-                print(f"    {what}: rows {', '.join(str(r['row']) for r in some[:flips])}" + f" and {len(some) - flips} more" * (len(some) > flips))
+                print(f"    right only in {which}: rows {', '.join(map(str, some[:flips]))}" + f" and {len(some) - flips} more" * (len(some) > flips))
         different = [key for key in ("source", "samples", "temperature", *ASKED, "dtype") if header.get(key) != other.get(key)]
-        if different or len(pairs) < max(len(records), len(others)):
-            print(f"    take care: {len(records)} and {len(others)} rows, {len(pairs)} in both" + "".join(f"; another {key}" for key in different))
-    summaries = {f"{x}: {out.name}": {name: summarize(*found[name]) for name in names} for x, out, found in (("A", a, first), ("B", b, second))}
-    draw_bars(summaries, b / "compare.png")
+        if different or len(rows) < max(len(records), len(others)):
+            print(f"    take care: {len(records)} and {len(others)} rows, {len(rows)} in both" + "".join(f"; another {key}" for key in different))
+    shown = {f"{which}: {out.resolve().name}": {name: summarize(*found[name]) for name in names} for which, out, found in (("A", a, first), ("B", b, second))}
+    draw_bars(shown, b / "compare.png")
     print(f"\nwrote {os.path.relpath(b / 'compare.png')}")
 
 
@@ -617,24 +592,11 @@ class Run(typing.NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    if not folder.is_dir():
-        raise BadInput(f"there is no folder {folder}; give the folder that `tgrl.py train --out` wrote")
     header, *steps = read_lines(folder / "metrics.jsonl") or [{}]
-    if not steps or "method" not in header:
-        raise BadInput(f"{folder / 'metrics.jsonl'} has no finished step; wait for the first step, or train again")
-    groups = read_lines(folder / "groups.jsonl")
+    groups = read_lines(folder / "groups.jsonl") if steps else []
     if not groups:
-        raise BadInput(f"{folder / 'groups.jsonl'} has no groups; wait for the first step, or train again")
-    config = header["config"]
-    return Run(folder, config, steps, groups, header["method"])
-
-
-def with_unique_names(runs: list[Run]) -> list[Run]:
-    """By the folder's name where the algorithm is the same, by the whole path where that is the same too."""
-    for suffix in (lambda run: run.folder.name, lambda run: str(run.folder)):
-        count = collections.Counter(run.name for run in runs)
-        runs = [run._replace(name=f"{run.name} ({suffix(run)})") if count[run.name] > 1 else run for run in runs]
-    return runs
+        raise BadInput(f"{folder} has no finished step; wait for the first step, or train again")
+    return Run(folder, header["config"], steps, groups, header["method"])
 
 
 # ===== curves.png =====================================================================================================
@@ -664,7 +626,6 @@ PANELS = (
 def draw_curves(runs: list[Run], path: Path):
     """Small multiples: one panel a quantity, one colour a run. What no run has measured gets no panel."""
     import matplotlib
-    import numpy as np
     from matplotlib.figure import Figure  # not pyplot: no window and no global state, PNGs are drawn by Agg
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -676,8 +637,6 @@ def draw_curves(runs: list[Run], path: Path):
         return np.array([pair for pair in pairs if math.isfinite(pair[1])], dtype=float).reshape(-1, 2).T
 
     panels = [p for p in PANELS if any(points(run, metric).size for run in runs for metric in p.lines)]
-    if not panels:
-        raise BadInput(f"{runs[0].folder / 'metrics.jsonl'} has no number to draw; train again")
     columns = min(4 if len(panels) in (4, 7, 8) else 3, len(panels))
     rows = math.ceil(len(panels) / columns)
     last = max(1, *(record["step"] for run in runs for record in run.steps))
@@ -685,9 +644,8 @@ def draw_curves(runs: list[Run], path: Path):
              "axes.edgecolor": "#9aa3ad", "axes.grid": True, "grid.color": "#e6e9ed", "xtick.color": GREY, "ytick.color": GREY}  # fmt: skip
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(3.8 * columns, 2.6 * rows + 0.9), dpi=150, layout="constrained")
-        all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
-        for axes, panel in zip(all_axes, panels):
-            drawn = {}
+        for place, panel in enumerate(panels, 1):
+            axes, drawn = figure.add_subplot(rows, columns, place), {}
             for i, run in enumerate(runs):
                 for (metric, label), dash in zip(panel.lines.items(), ("-", (0, (4, 2)))):
                     x, y = points(run, metric)
@@ -713,10 +671,8 @@ def draw_curves(runs: list[Run], path: Path):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
             if len(drawn) > 1:
                 axes.legend(drawn.values(), drawn, frameon=False, fontsize=8, labelcolor=GREY, loc="best")
-        for axes in all_axes[len(panels) :]:
-            axes.remove()
-        for axes in all_axes[max(0, len(panels) - columns) : len(panels)]:  # the lowest of each column
-            axes.set_xlabel("step", color=GREY)
+            if place > len(panels) - columns:  # the lowest of each column
+                axes.set_xlabel("step", color=GREY)
         handles = [Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2.5) for i in range(len(runs))]
         figure.legend(handles, [run.name for run in runs], loc="outside upper left", ncols=4, frameon=False, fontsize=11)
         if any(len(run.steps) > 15 for run in runs):
@@ -724,89 +680,20 @@ def draw_curves(runs: list[Run], path: Path):
         figure.savefig(path, facecolor="white")
 
 
-# ===== groups.html: all text of models and data is escaped here, and no script ever turns text into markup ============
+# ===== groups.html ====================================================================================================
 
-TEMPLATE = Path(__file__).resolve().parent / ".assets" / "groups.html"  # the page around the groups, its style and its script
-
-
-def token_html(token: str, values: tuple, first: bool) -> str:
-    """A shaded token. `values` are log-probs of policy and expert, w, r~; the script computes the other two numbers."""
-    shade = round(10 * min(max(values[2], 0.0), 1.0)) if math.isfinite(values[2]) else 0
-    shown = html.escape(token).replace("\n", "<s>↵</s>\n")
-    return f'<i class="w{shade}" data-v="{" ".join(f"{x:.5g}" for x in values)}"{" tabindex=0" if first else ""}>{shown}</i>'
-
-
-def answer_html(answer: dict) -> str:
-    expert = answer["source"] != "policy"
-    filtered = expert and answer["reward"] != 1 and not any(answer["coefficient"])
-    facts = [f"<strong>{html.escape('expert: ' + answer['source'] if expert else 'policy')}</strong>"]
-    facts += ['<span class="right">✓ right</span>' if answer["reward"] == 1 else '<span class="wrong">✗ wrong</span>']
-    advantage = f"{round(answer['advantage'], 2) + 0.0:+.2f}".replace("-", "−")  # + 0.0: no minus zero
-    facts += [f"<span>reward {answer['reward']:g}</span><span>advantage {advantage}</span><span>{len(answer['tokens'])} tokens</span>"]
-    facts += ['<span class="mark">cut off</span>'] * (not answer["finished"])
-    facts += ['<span class="mark">filtered, m = 0</span><span>grey: the w it would have had</span>'] * filtered
-    if expert:
-        numbers = zip(answer["logp"], answer["behavior_logp"], answer["weight"], answer["coefficient"])
-        tokens = "".join(token_html(token, values, i == 0) for i, (token, values) in enumerate(zip(answer["tokens"], numbers)))
-        body = f'<div class="text tokens{" filtered" * filtered}">{tokens}</div>'
-    else:
-        body = f'<div class="text">{html.escape(answer["text"])}</div>'
-        if len(answer["text"]) > 500:
-            teaser = html.escape(" ".join(answer["text"].split())[:220] + " …")
-            body = f'<details><summary><span class="teaser">{teaser}</span><span class="less">less</span></summary>{body}</details>'
-    return f'<div class="answer"><div class="facts">{"".join(facts)}</div>{body}</div>'
-
-
-def story_html(story: dict) -> str:
-    """How the policy made an expert's answer of a wrong one, or tried: each step with its erosion, the cut, and what came after it."""
-    steps = "".join(
-        '<s class="mark">✂ cut</s> ' * (i == story["cut"]) + f'<span class="{"gone" if i >= story["cut"] else ""}">{html.escape(text)}<sup>{erosion:.1f}</sup></span> '
-        for i, (text, erosion) in enumerate(zip(story["steps"], story["erosion"]))
-    )
-    outcome = '<span class="right">✓ put right</span>' if story["tail"] else '<span class="wrong">✗ not put right</span>'
-    tail = f'<h3>Instead, with the picture again</h3><div class="text">{html.escape(story["tail"])}</div>' if story["tail"] else ""
-    return (f'<div class="answer"><div class="facts"><strong>a wrong answer, taken up again</strong>{outcome}<span>round {story["rounds"]}</span>'
-            f'<span>raised: the erosion of each step, in nats</span></div><div class="text">{steps}</div>{tail}</div>')  # fmt: skip
-
-
-def group_html(group: dict) -> str:
-    pictures = []
-    for i, uri in enumerate(group["images"], 1):  # only what tgrl.py embeds: the page must not fetch anything
-        if re.fullmatch(r"data:image/png;base64,[A-Za-z0-9+/]+=*", uri):
-            pictures.append(f'<img src="{uri}" alt="picture {i} of the question">')
-        else:
-            pictures.append(f'<p class="soft">Picture {i} is not an embedded PNG, and not shown.</p>')
-    question = html.escape(group["question"].strip()).replace("&lt;image&gt;", "<b>[picture]</b> ")
-    answers = sorted(group["answers"], key=lambda answer: answer["source"] == "policy")  # experts first
-    right = f"{sum(answer['reward'] == 1 for answer in answers)} of {len(answers)} answers right"
-    flat = "" if any(answer["advantage"] for answer in answers) else "; all advantages are 0, so it teaches nothing"
-    return f"""<article class="group"><div class="ask"><h3>Question</h3>{"".join(pictures)}<div class="text">{question}</div>
-<h3>Ground truth</h3><div class="text">{html.escape(group["answer"])}</div><h3>Group</h3><div>{right}{flat}</div></div>
-<div>{"".join(map(answer_html, answers))}{story_html(group["rectification"]) if "rectification" in group else ""}</div></article>"""
+TEMPLATE = Path(__file__).resolve().parent / ".assets" / "groups.html"
 
 
 def write_groups(run: Run, path: Path):
-    config, by_step = run.config, collections.defaultdict(list)
-    for group in run.groups:
-        by_step[int(group["step"])].append(group_html(group))
-    digest = lambda text: f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"  # noqa: E731
-    beta = f"Here β is {config['sharpness']:g}." if config["reweight"] else "In this run w is 1 for all tokens."
-    filter = "" if config["filter"] else "In this run m is always 1."
-    if not TEMPLATE.is_file():
-        raise BadInput(f"{TEMPLATE} is missing; it belongs to eval.py, take it from the repository, too")
+    """All text of models and data is escaped by the template, and no script ever turns text into markup."""
     template = TEMPLATE.read_text(encoding="utf-8")
-    style, script = (re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1] for tag in ("style", "script"))
-    page = string.Template(template).substitute(
-        # what a browser may do: run this script and use this style sheet, known by their hashes, and show embedded pictures
-        policy=f"default-src 'none'; base-uri 'none'; img-src data:; script-src {digest(script)}; style-src {digest(style)}",
-        title=html.escape(f"{run.name}: groups from the training"),
-        subtitle=html.escape(f"{config['model']} · {config['data']}"),
-        kind="guided" if config["n_off"] else "alone",
-        beta=beta,
-        filter=filter,
-        links="".join(f'<li><a href="#step-{step}">{step}</a></li>' for step in by_step),
-        steps="".join(f'<section id="step-{step}"><h2>Step {step}</h2>{"".join(groups)}</section>' for step, groups in by_step.items()),
-    )
+    policy = "default-src 'none'; base-uri 'none'; img-src data:"  # what a browser may do: show embedded pictures, and run and use, by their hashes,
+    for tag in ("script", "style"):
+        text = re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
+        policy += f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    steps = {step: list(groups) for step, groups in itertools.groupby(run.groups, key=lambda group: group["step"])}
+    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(template).render(run=run, policy=policy, steps=steps, zip=zip)
     path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")  # half a character becomes a reference
 
 
@@ -818,100 +705,93 @@ def show(runs: list[Path]) -> None:
         write_groups(run, run.folder / "groups.html")
         print(f"wrote {os.path.relpath(run.folder / 'curves.png')} and {os.path.relpath(run.folder / 'groups.html')}")
     if len(loaded) > 1:
-        overlay = Path(os.path.commonpath([run.folder.parent for run in loaded])) / "curves.png"
-        draw_curves(with_unique_names(loaded), overlay)
+        common, names = Path(os.path.commonpath([run.folder.parent for run in loaded])), [run.name for run in loaded]
+        overlay = common / "curves.png"
+        draw_curves([r._replace(name=f"{r.name} ({r.folder.relative_to(common)})") if names.count(r.name) > 1 else r for r in loaded], overlay)
         print(f"wrote {os.path.relpath(overlay)}")
 
 
 # ===== bench ==========================================================================================================
 
 
-SHAPES = {  # of the published models: text, and whether the head is tied to the embeddings; what is not named costs nothing
-    "3B": (dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, vocab_size=151936), True),
-    "7B": (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064), False),
-}
-DEVICES = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.0e12), "L40S": (362e12, 0.86e12)}  # dense bfloat16 FLOP/s, bytes/s
+ROPE = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
+VISION = dict(hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])
+SHAPES = {  # 3B and 7B: of the published models; what is not named costs nothing
+    "toy": dict(hidden=128, layers=3, vision_layers=2),
+    "small": dict(hidden=256, layers=6, vision_layers=6),
+    "3B": dict(hidden=2048, layers=36, vision_layers=32, vision=VISION, tied=True,
+               text=dict(intermediate_size=11008, num_attention_heads=16, num_key_value_heads=2, vocab_size=151936, rope_parameters=ROPE)),
+    "7B": dict(hidden=3584, layers=28, vision_layers=32, vision=VISION, tied=False,
+               text=dict(intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, rope_parameters=ROPE)),
+}  # fmt: skip
+DEVICES = {  # dense bfloat16 FLOP/s, bytes/s
+    "NVIDIA H100 80GB HBM3": (989e12, 3.35e12), "NVIDIA H200": (989e12, 4.8e12),
+    "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12), "NVIDIA L40S": (362e12, 0.86e12),
+}  # fmt: skip
 
 
-def build(name: str, device):
+def build(name: str):
     """(model, processor): random weights of a known shape, or a real model."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    processor = tgrl.toy_processor("Think first.")
-    if name in ("toy", "small"):
-        return tgrl.tiny_model(processor.tokenizer, *dict(toy=(128, 3, 2), small=(256, 6, 6))[name]), processor
     if name not in SHAPES:
         return tgrl.load_model(name)
-    text, tied = SHAPES[name]
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=text["hidden_size"])
-    tokens = {f"{kind}_token_id": processor.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")}
-    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
-    config = Qwen2_5_VLConfig(text_config=text | dict(rope_parameters=rope), vision_config=vision, tie_word_embeddings=tied, **tokens)
+    processor, cuda = tgrl.toy_processor("Think first."), torch.cuda.is_available()
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in Qwen2_5_VLForConditionalGeneration(config).parameters())
-    cuda = device.type == "cuda"
+        parameters = sum(p.numel() for p in tgrl.tiny_model(processor.tokenizer, **SHAPES[name]).parameters())
     free = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # weights, gradients, moments and actor; on a GPU the first three dealt out, but the weights whole while they are being made
     need = parameters * (max(2 + 16 / int(os.environ.get("WORLD_SIZE", 1)), 6) if cuda else 16)
     if need > free:
-        raise BadInput(f"{name} has {parameters / 1e9:.2f} billion parameters: {need / 2**30:.0f} GiB with gradients and Adam's moments, and {free / 2**30:.0f} GiB are free here")
-    with device:
-        return Qwen2_5_VLForConditionalGeneration(config), processor
+        memory = f"{need / 2**30:.0f} GiB with gradients and Adam's moments, and {free / 2**30:.0f} GiB are free here"
+        raise BadInput(f"{name} has {parameters / 1e9:.2f} billion parameters: {memory}")
+    with torch.device("cuda" if cuda else "cpu"):
+        return tgrl.tiny_model(processor.tokenizer, **SHAPES[name]), processor
 
 
 def bench(model: str, questions: int, answers: int, tokens: int, pixels: int, micro_batch: int, repeats: int, separate_rows: bool) -> None:
-    """What a step costs: rollout, scoring and update of some questions on each process; and the update with separate rows."""
-    from PIL import Image
-
-    accelerator = tgrl.start_processes()
-    device, world = accelerator.device, accelerator.num_processes
-    cuda, rng = device.type == "cuda", random.Random(accelerator.process_index)
-    cfg = tgrl.Config(**tgrl.TOY | dict(min_pixels=28 * 28, max_pixels=pixels**2, max_answer=tokens, max_prompt=10**6))
-    net, processor = build(model, device)
-    encoder = tgrl.Encoder(processor, net, cfg)
-    encoder.unwritable = torch.tensor([net.config.image_token_id, net.config.video_token_id, *encoder.ends])  # no answer ends early
+    """What a step of the Trainer costs: rollout, scoring and update of some questions on each process; and the update with separate rows."""
+    if min(repeats, answers - 1) < 1:
+        raise BadInput("--repeats must be at least 1, and --answers at least 2")
+    rng, everywhere = random.Random(0), questions * int(os.environ.get("WORLD_SIZE", 1))
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(questions):
+            tgrl.Image.frombytes("RGB", (pixels, pixels), rng.randbytes(3 * pixels * pixels)).save(f"{folder}/{i}.png")
+        rows = [{"image": f"{i}.png", "problem": "What is the area?", "answer": "1"} for i in range(questions)]
+        Path(folder, "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        options = dict(model=model, data=f"{folder}/questions.jsonl", out=folder, tracker="none", n_on=answers, n_off=0, micro_batch=micro_batch,
+                       min_pixels=28 * 28, max_pixels=pixels**2, max_answer=tokens, max_prompt=10**6, checkpointing=model not in ("toy", "small"),
+                       questions_per_rollout=everywhere, questions_per_update=everywhere)  # fmt: skip
+        trainer = tgrl.Trainer(tgrl.Config(**tgrl.TOY | options), build)
+    encoder, net, cuda = trainer.encoder, trainer.policy.model, trainer.device.type == "cuda"
+    # no answer ends early; and the many ids that the toy's tokenizer has not would cost what they cost nobody
+    encoder.unwritable = torch.tensor([net.config.image_token_id, net.config.video_token_id, *encoder.ends])
+    trainer.policy.unwritable = encoder.unwritable.to(trainer.device)
     layers, head = net.model.language_model.layers, net.lm_head.weight.numel()
     blocks, towers = (sum(p.numel() for p in part.parameters()) for part in (layers, net.model.visual.blocks))
     text, parameters = net.config.get_text_config(), sum(p.numel() for p in net.parameters())
-    if model not in ("toy", "small"):
-        net.activation_checkpointing_enable()
-    actor = tgrl.frozen_copy(net, torch.bfloat16 if cuda else torch.float32).to(device) if cuda or world > 1 else net
-    policy = tgrl.shard(tgrl.Policy(net, encoder.unwritable), accelerator)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
 
     together = []
-    for _ in range(questions):
-        noise = Image.frombytes("RGB", (pixels, pixels), rng.randbytes(3 * pixels * pixels))
-        problem = tgrl.read_problem({"images": [noise], "problem": "<image>What is the area?", "answer": "1"}, Path())
+    for problem in trainer.problems:
         ids = [[rng.randrange(10, 300) for _ in range(tokens)] for _ in range(answers)]
         together.append(tgrl.Group(problem, encoder(problem), [tgrl.Trajectory(i, "", 0.0, advantage=rng.gauss(0, 1)) for i in ids]))
     apart = [dataclasses.replace(group, trajectories=[answer]) for group in together for answer in group.trajectories]
 
-    def rollout():
-        tgrl.sample(actor, encoder, [group.prompt for group in together], answers)
+    def update(groups, size):
+        trainer.cfg.micro_batch = size
+        trainer.update(groups, tgrl.Tally())
 
-    def scoring():
-        tgrl.score(policy, together, micro_batch)
-
-    def update(groups=together, size=micro_batch):
-        policy.train()
-        for part in tgrl.batches(groups, size):
-            batch = tgrl.pack(part).to(device)
-            logp = policy(batch)
-            shares = tgrl.token_shares(batch.mask, "dapo", n_tokens=questions * answers * tokens)
-            loss, _ = tgrl.tgrl_loss(logp, logp.detach(), batch.mask, batch.advantages, batch.is_expert, batch.expert_ok, shares,
-                                     sharpness=14.0, clip_low=0.2, clip_high=0.28)  # fmt: skip
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    jobs = {"rollout": rollout, "scoring": scoring, "update": update}
-    if separate_rows:
-        jobs["separate rows"] = lambda: update(apart, micro_batch * answers)
+    prompt, patches = len(together[0].prompt.ids), sum(len(g.prompt.pixels) for g in together)
+    answered, row = questions * answers * tokens, questions * (prompt + answers * tokens)
+    jobs = {  # what is done; and for how many FLOPs a weight and token, tokens, patches
+        "rollout": (lambda: trainer.sample(encoder, [group.prompt for group in together]), 2, row, patches),
+        "scoring": (lambda: tgrl.score(trainer.policy, together, micro_batch), 2, row, patches),
+        "update": (lambda: update(together, micro_batch), 6, row, patches),
+        "separate rows": (lambda: update(apart, micro_batch * answers), 6, questions * answers * (prompt + tokens), patches * answers),
+    }
+    if not separate_rows:
+        del jobs["separate rows"]
     seconds, peaks = {name: [] for name in jobs}, {}
     for _ in range(repeats + 1):  # in turns
-        for name, job in jobs.items():
+        for name, (job, *_) in jobs.items():
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
@@ -920,57 +800,53 @@ def bench(model: str, questions: int, answers: int, tokens: int, pixels: int, mi
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
             peaks[name] = tgrl.peak_memory()
-    if not accelerator.is_main_process:
+    if not trainer.main:
         return
 
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
     kind = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    peak, bandwidth = next((numbers for name, numbers in DEVICES.items() if name in kind), (None, None))
-    prompt, patches = len(together[0].prompt.ids), sum(len(g.prompt.pixels) for g in together)
-    answered, row = questions * answers * tokens, questions * (prompt + answers * tokens)
-    forward = {"rollout": row, "scoring": row, "update": row, "separate rows": questions * answers * (prompt + tokens)}
-    print(f"{model}: {parameters / 1e9:.4g} B parameters on {world} x {kind}; on each: {questions} questions of {prompt} tokens, {answers} answers of {tokens} to each")
+    peak, bandwidth = DEVICES.get(kind, (None, None))
+    print(f"{model}: {parameters / 1e9:.4g} B parameters on {trainer.world} x {kind}; on each: {questions} questions of {prompt} tokens, {answers} answers of {tokens} to each")
     print(f"median of {repeats}        seconds  answer tokens/s   TFLOP/s  of peak   peak GiB")
-    for name, times in seconds.items():
-        time_, passes = statistics.median(times[1:]), 6 if name in ("update", "separate rows") else 2
-        pictures = patches * (answers if name == "separate rows" else 1)
-        flops = passes * (blocks * forward[name] + head * answered + towers * pictures) / time_
+    for name, (_, passes, length, pictures) in jobs.items():
+        flops = passes * (blocks * length + head * answered + towers * pictures) / medians[name]
         share, held = f"{flops / peak:8.1%}" if peak else "       –", f"{peaks[name]:8.1f}" if cuda else "       –"
-        print(f"{name:16}  {time_:10.3f}  {answered / time_:15.0f}  {flops / 1e12:8.3g} {share}   {held}")
+        print(f"{name:16}  {medians[name]:10.3f}  {answered / medians[name]:15.0f}  {flops / 1e12:8.3g} {share}   {held}")
     if bandwidth:
         context = prompt + tokens / 2
         cache = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * context * questions * answers
-        bound = 2 * (blocks + head + cache) * tokens / bandwidth
-        print(f"rollout: {bound / statistics.median(seconds['rollout'][1:]):.0%} of what reading weights and cache once a token would allow")
+        print(f"rollout: {2 * (blocks + head + cache) * tokens / bandwidth / medians['rollout']:.0%} of what reading weights and cache once a token would allow")
     if separate_rows:
-        ratio = statistics.median(seconds["update"][1:]) / statistics.median(seconds["separate rows"][1:])
-        print(f"a group in one row takes {ratio:.2f} of the time of separate rows")
+        print(f"a group in one row takes {medians['update'] / medians['separate rows']:.2f} of the time of separate rows")
     print("FLOPs: 2 a weight and token forward, 6 with the backward pass; neither attention nor recomputation is counted.")
 
 
 # ===== The command line ===============================================================================================
 
-VERBS = {"run": run, "compare": compare, "show": show, "bench": bench}  # each takes what its arguments are called
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
     verb = verbs.add_parser("run", help="benchmarks of a model", formatter_class=argparse.RawDescriptionHelpFormatter,
                             description="Benchmarks: " + ", ".join(BENCHMARKS) + ".\nNAME=PATH takes rows of the same columns from a parquet or JSONL file, or a folder.")  # fmt: skip
-    verb.add_argument("model", nargs="?", default="", metavar="MODEL", help="hub id or folder; one in the folder of a training is asked as it was trained")
+    verb.set_defaults(do=run)
+    verb.add_argument("model", nargs="?", metavar="MODEL", help="hub id or folder; one in the folder of a training is asked as it was trained")
     verb.add_argument("benchmarks", nargs="*", metavar="NAME[=PATH]", help="what to answer")
     verb.add_argument("--out", type=Path, default=Path("runs/eval"), help="folder of the records; an interrupted evaluation continues (default: runs/eval)")
     verb.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer (default: 0)")
     verb.add_argument("--samples", type=int, default=argparse.SUPPRESS, metavar="int", help="answers to each question, for mean@k and pass@k (default: 1)")
-    verb.add_argument("--rescore", action="store_true", help="only grade the recorded answers in --out again")
+    verb.add_argument("--rescore", action="store_true", help="only grade the recorded answers in --out again, without a model")
     tgrl.add_options(verb, [*ASKED, "generate_batch", "image_root", "limit", "seed"], {})
     verb = verbs.add_parser("compare", help="two evaluations, item by item")
+    verb.set_defaults(do=compare)
     verb.add_argument("a", type=Path, metavar="A", help="the --out of an evaluation")
     verb.add_argument("b", type=Path, metavar="B", help="of another")
     verb.add_argument("--flips", type=int, default=10, metavar="N", help="how many of the items to name that only one got right (default: 10)")
     verb = verbs.add_parser("show", help="curves and recorded groups of finished or running trainings")
+    verb.set_defaults(do=show)
     verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that `tgrl.py train --out` wrote")
     verb = verbs.add_parser("bench", help="what a step costs here, with random weights")
+    verb.set_defaults(do=bench)
     verb.add_argument("--model", default="small", help="toy, small (hidden 256, 6 + 6 blocks), 3B, 7B, or a hub id or folder; default small")
     shape = dict(questions=4, answers=8, tokens=64, pixels=448, micro_batch=4, repeats=5)
     for name, default in shape.items():
@@ -978,11 +854,7 @@ def main():
     verb.add_argument("--separate_rows", action=argparse.BooleanOptionalAction, default=True, help="also the update with a row for each answer")
     options = vars(parser.parse_args())
     try:
-        if options.pop("rescore", False):
-            rescore(options["out"])
-            report(options["out"])
-        else:
-            VERBS[options.pop("verb")](**options)
+        options.pop("do")(**options)
     except (BadInput, OSError) as error:
         sys.exit(f"eval.py: {error}")
     except KeyboardInterrupt:

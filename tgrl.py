@@ -212,12 +212,17 @@ ABBREVIATIONS = {"square ": "sq ", "sq. ": "sq ", "kilo": "k", "centi": "c", "mi
                  "inche": "in", "inch": "in", "feet": "ft", "foot": "ft", "yard": "yd", "mile": "mi", "gram": "g", "minute": "min", "second": "sec"}  # fmt: skip
 
 
+def without_latex(text: str) -> str:
+    """Without formula signs, text commands and spaces."""
+    text = re.sub(r"(?<!\\)\\[\[\]()]|\\?\$", "", text)  # a $ left inside would be read as two formulas
+    text = re.sub(r"\\(?:text|math)(?:rm|bf|it|normal)?\s*\{([^{}]*)\}", r" \1 ", text)
+    return re.sub(" +", " ", re.sub(r"(?<!\\)\\(?:[,;:! ]|q?quad\b)|[\s~]", " ", text))
+
+
 def _normalize(text: str) -> tuple[str, str]:
     """(value, unit): only what math-verify does not know of how Geo3K, ViRL39K and models write an answer."""
     text = text if (inner := extract_boxed(text)) is None else inner
-    text = re.sub(r"(?<!\\)\\[\[\]()]|\\?\$", "", text).translate(UNICODE)  # a $ left inside would be read as two formulas
-    text = re.sub(r"\\(?:text|math)(?:rm|bf|it|normal)?\s*\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"(?<!\\)\\[,;:! ]|[\s~]", " ", text.replace(r"\approx", "="))
+    text = without_latex(text.translate(UNICODE).replace(r"\approx", "="))
     text, degrees = re.subn(r"\^ ?\{? ?\\circ ?\}?|\\degree|\^?°", "", re.sub(" +", " ", text))
     text = re.sub(r"\\sqrt ?(\d+|\([^()]*\))", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi", text)
@@ -1292,7 +1297,7 @@ class Tally(collections.defaultdict):
 class Trainer:
     """The state of a run, and what is done in a step, in this order: draw, roll out, score, update, show."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, load=load_model):  # load: eval.py bench has another
         self.cfg = cfg
         if Path(cfg.out, "metrics.jsonl").exists() and not cfg.resume:
             raise BadInput(f"--out {cfg.out} holds an earlier run; add --resume to continue it, or give another folder")
@@ -1309,7 +1314,7 @@ class Trainer:
         if cfg.questions_per_update % self.world:
             raise BadInput(f"--questions_per_update {cfg.questions_per_update} cannot be dealt out evenly to {self.world} processes")
         set_seed(cfg.seed + self.rank)
-        model, self.processor = load_model(cfg.model)
+        model, self.processor = load(cfg.model)
         self.encoder = Encoder(self.processor, model, cfg)
         self.problems = self.encoder.load(cfg.data, cfg.split)
         self.held_out = self.encoder.load(cfg.val_data, cfg.val_split) if cfg.val_data else []
@@ -1761,16 +1766,16 @@ def toy_processor(instruction: str):
     return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=TOY_TEMPLATE)
 
 
-def tiny_model(tokenizer, hidden: int = 128, layers: int = 3, vision_layers: int = 2):
+def tiny_model(tokenizer, hidden: int = 128, layers: int = 3, vision_layers: int = 2, text=(), vision=(), tied: bool = True):
     """The real Qwen2.5-VL classes with a small configuration and random weights."""
     shape = dict(hidden_size=hidden, intermediate_size=2 * hidden, initializer_range=0.06)
     text = dict(**shape, vocab_size=len(tokenizer), num_hidden_layers=layers, num_attention_heads=hidden // 32, num_key_value_heads=max(1, hidden // 64),
                 rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]), max_position_embeddings=4096,
-                bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
-    vision = dict(**shape, depth=vision_layers, num_heads=hidden // 32, out_hidden_size=hidden, fullatt_block_indexes=[vision_layers - 1])
+                bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id) | dict(text)  # fmt: skip
+    vision = dict(**shape, depth=vision_layers, num_heads=hidden // 32, out_hidden_size=hidden, fullatt_block_indexes=[vision_layers - 1]) | dict(vision)
     names = dict(image="image_pad", video="video_pad", vision_start="vision_start", vision_end="vision_end")
     tokens = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()}
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens))
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **tokens))
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     return model
 
