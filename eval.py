@@ -357,7 +357,8 @@ def begin(path: Path, header: dict, pairs: list) -> set[int]:
     ids, answered = {record["row"]: record.get("id") for _, record in pairs}, [r for r in records if "texts" in r]
     for r in answered:
         if ids.get(r["row"]) != r["id"]:
-            raise BadInput(f"{path}: row {r['row']} of {header['source']} was another question, or readable, when it was answered. Give another --out")
+            changed = f"row {r['row']} of {header['source']} was another question, or readable, when it was answered"
+            raise BadInput(f"{path}: {changed}. Give another --out")
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "math-verify")}
     write_lines(path, [{"versions": versions} | found | header, *(record for problem, record in pairs if not problem), *answered])
     return {r["row"] for r in answered}
@@ -376,8 +377,7 @@ def evaluate(path: Path, items: list, done: set[int], encoder: tgrl.Encoder, mod
         for part in mine:
             tgrl.set_seed(cfg.seed + part[0][0].row)
             start = time.perf_counter()
-            with tgrl.naming_memory(f"answering {len(part)} questions at once", "--generate_batch, --max_pixels or --max_answer"):
-                answers = tgrl.sample(model, encoder, [encoder(p) for p, _ in part], cfg.samples, temperature)
+            answers = tgrl.sample(model, encoder, [encoder(p) for p, _ in part], cfg.samples, temperature)
             seconds, lines = round((time.perf_counter() - start) / len(part), 3), []
             for (problem, record), some in zip(part, answers):
                 texts = [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in some]
@@ -575,7 +575,9 @@ def compare(a: Path, b: Path, flips: int):
         different = [key for key in ("source", "samples", "temperature", *ASKED, "dtype") if header.get(key) != other.get(key)]
         if different or len(rows) < max(len(records), len(others)):
             print(f"    take care: {len(records)} and {len(others)} rows, {len(rows)} in both" + "".join(f"; another {key}" for key in different))
-    shown = {f"{which}: {out.resolve().name}": {name: summarize(*found[name]) for name in names} for which, out, found in (("A", a, first), ("B", b, second))}
+    shown = {}
+    for which, out, found in (("A", a, first), ("B", b, second)):
+        shown[f"{which}: {out.resolve().name}"] = {name: summarize(*found[name]) for name in names}
     draw_bars(shown, b / "compare.png")
     print(f"\nwrote {os.path.relpath(b / 'compare.png')}")
 
@@ -782,8 +784,8 @@ def bench(model: str, questions: int, answers: int, tokens: int, pixels: int, mi
     prompt, patches = len(together[0].prompt.ids), sum(len(g.prompt.pixels) for g in together)
     answered, row = questions * answers * tokens, questions * (prompt + answers * tokens)
     jobs = {  # what is done; and for how many FLOPs a weight and token, tokens, patches
-        "rollout": (lambda: trainer.sample(encoder, [group.prompt for group in together]), 2, row, patches),
-        "scoring": (lambda: tgrl.score(trainer.policy, together, micro_batch), 2, row, patches),
+        "rollout": (lambda: tgrl.sample(trainer.actor, encoder, [group.prompt for group in together], answers), 2, row, patches),
+        "scoring": (lambda: tgrl.score(trainer.policy, together, micro_batch, "logp"), 2, row, patches),
         "update": (lambda: update(together, micro_batch), 6, row, patches),
         "separate rows": (lambda: update(apart, micro_batch * answers), 6, questions * answers * (prompt + tokens), patches * answers),
     }
@@ -806,7 +808,8 @@ def bench(model: str, questions: int, answers: int, tokens: int, pixels: int, mi
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
     kind = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     peak, bandwidth = DEVICES.get(kind, (None, None))
-    print(f"{model}: {parameters / 1e9:.4g} B parameters on {trainer.world} x {kind}; on each: {questions} questions of {prompt} tokens, {answers} answers of {tokens} to each")
+    work = f"{questions} questions of {prompt} tokens, {answers} answers of {tokens} to each"
+    print(f"{model}: {parameters / 1e9:.4g} B parameters on {trainer.world} x {kind}; on each: {work}")
     print(f"median of {repeats}        seconds  answer tokens/s   TFLOP/s  of peak   peak GiB")
     for name, (_, passes, length, pictures) in jobs.items():
         flops = passes * (blocks * length + head * answered + towers * pictures) / medians[name]
@@ -815,7 +818,8 @@ def bench(model: str, questions: int, answers: int, tokens: int, pixels: int, mi
     if bandwidth:
         context = prompt + tokens / 2
         cache = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * context * questions * answers
-        print(f"rollout: {2 * (blocks + head + cache) * tokens / bandwidth / medians['rollout']:.0%} of what reading weights and cache once a token would allow")
+        bound = 2 * (blocks + head + cache) * tokens / bandwidth / medians["rollout"]
+        print(f"rollout: {bound:.0%} of what reading weights and cache once a token would allow")
     if separate_rows:
         print(f"a group in one row takes {medians['update'] / medians['separate rows']:.2f} of the time of separate rows")
     print("FLOPs: 2 a weight and token forward, 6 with the backward pass; neither attention nor recomputation is counted.")
@@ -827,14 +831,14 @@ def bench(model: str, questions: int, answers: int, tokens: int, pixels: int, mi
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    verb = verbs.add_parser("run", help="benchmarks of a model", formatter_class=argparse.RawDescriptionHelpFormatter,
-                            description="Benchmarks: " + ", ".join(BENCHMARKS) + ".\nNAME=PATH takes rows of the same columns from a parquet or JSONL file, or a folder.")  # fmt: skip
+    known = f"Benchmarks: {', '.join(BENCHMARKS)}. NAME=PATH takes rows of the same columns from a parquet or JSONL file, or a folder."
+    verb = verbs.add_parser("run", help="benchmarks of a model", description=known)
     verb.set_defaults(do=run)
     verb.add_argument("model", nargs="?", metavar="MODEL", help="hub id or folder; one in the folder of a training is asked as it was trained")
     verb.add_argument("benchmarks", nargs="*", metavar="NAME[=PATH]", help="what to answer")
-    verb.add_argument("--out", type=Path, default=Path("runs/eval"), help="folder of the records; an interrupted evaluation continues (default: runs/eval)")
+    verb.add_argument("--out", type=Path, default=Path("runs/eval"), help="folder of the records, to continue or to begin (default: runs/eval)")
     verb.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer (default: 0)")
-    verb.add_argument("--samples", type=int, default=argparse.SUPPRESS, metavar="int", help="answers to each question, for mean@k and pass@k (default: 1)")
+    verb.add_argument("--samples", type=int, default=argparse.SUPPRESS, metavar="int", help="answers a question, for mean@k and pass@k (default: 1)")
     verb.add_argument("--rescore", action="store_true", help="only grade the recorded answers in --out again, without a model")
     tgrl.add_options(verb, [*ASKED, "generate_batch", "image_root", "limit", "seed"], {})
     verb = verbs.add_parser("compare", help="two evaluations, item by item")

@@ -998,9 +998,10 @@ def test_rollout_log_probs_are_training_log_probs(world):
         patch.setattr(world.model, "generate", generate)
         ids = sample(world, [group.prompt], 6, 20, chunk=64)[0]
     group.trajectories = [tgrl.Trajectory(a, "", 0.0) for a in ids]
-    for row, (answer, logp) in enumerate(zip(ids, tgrl.score(world.policy, [group], 1)[0])):
-        sampled = torch.stack([seen[t][row, token] for t, token in enumerate(answer)])
-        assert torch.allclose(sampled, logp, atol=1e-4)
+    tgrl.score(world.policy, [group], 1, "logp")
+    for row, answer in enumerate(group.trajectories):
+        sampled = torch.stack([seen[t][row, token] for t, token in enumerate(answer.ids)])
+        assert torch.allclose(sampled, answer.logp, atol=1e-4)
 
 
 @pytest.mark.parametrize("chunk", [3, 64])
@@ -1038,7 +1039,8 @@ def test_vision_tokens_are_never_sampled(world):
         answers = sample(world, [prompt], 4, 6)[0]
         assert image_token not in {token for a in answers for token in a}
         group = tgrl.Group(None, prompt, [tgrl.Trajectory(a, "", 0.0) for a in answers])
-        assert all(logp.isfinite().all() for logp in tgrl.score(world.policy, [group], 1)[0])
+        tgrl.score(world.policy, [group], 1, "logp")
+        assert all(t.logp.isfinite().all() for t in group.trajectories)
     finally:
         want.remove()
 
@@ -1141,15 +1143,17 @@ def test_bad_rows_are_named_and_good_ones_kept(tmp_path, capsys):
         good | {"images": [png], "answer": " "},
         good | {"images": [png], "problem": ""},
         good | {"images": [png], "answer": None},
+        good | {"images": [png], "problem": "<image>Why?<|image_pad|>"},
     ]
     rows = [good | {"images": [png]}, *bad, good | {"images": [png]}]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tgrl, "read_rows", lambda source, split: iter(rows))
         problems = tgrl.load_problems("rows")
     said = capsys.readouterr().out
-    assert len(problems) == 2 and "8 of 10 rows left out" in said
+    assert len(problems) == 2 and "9 of 11 rows left out" in said
     for words in ("picture of 1 x 1 pixels: row 1", "picture of 10000 x 30 pixels: row 2", "unreadable picture, ", "nowhere.png: row 4",
-                  "2 times <image> for 1 pictures: row 5", "no answer: row 6, 8", "no question: row 7"):  # fmt: skip
+                  "2 times <image> for 1 pictures: row 5", "no answer: row 6, 8", "no question: row 7",
+                  "<|image_pad|> in the question, which is no text to the model: row 9"):  # fmt: skip
         assert words in said, words
 
 
@@ -1164,6 +1168,8 @@ def test_unusable_sources_say_why(tmp_path, world, capsys):
     assert "no column problem or question" in error(tmp_path / "a.jsonl") and "image, text, answer" in error(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").write_text('{"problem": "?", "answer": "1"}\n{"problem": ')
     assert "line 2 is no JSON" in error(tmp_path / "b.jsonl")
+    (tmp_path / "list.jsonl").write_text('[["problem", "?"], ["answer", "1"]]\n')
+    assert "line 1 is no JSON object" in error(tmp_path / "list.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
     assert "it is empty" in error(tmp_path / "empty.jsonl")
     assert "cannot load" in error(tmp_path)
@@ -1250,7 +1256,7 @@ def test_a_cache_for_another_prompt_is_refused(folder, change, words):
     ("tokenizer", "0123", "another tokenizer"),
     ("sampling", {"temperature": 0.6}, "not sampled at temperature 1"),
     ("model", "somebody/else", "another model's answers"),
-    ("tgrl_experts", None, "is no expert cache"),
+    ("texts", None, "is no expert cache"),
 ])  # fmt: skip
 def test_a_foreign_cache_is_refused(folder, tmp_path, key, value, words):
     header, *lines = (folder.path / "experts.jsonl").read_text().splitlines()
@@ -1270,13 +1276,13 @@ def test_flawed_answers_are_left_out_one_by_one(world, tmp_path, capsys):
     flawed = [good | {"logps": [float("nan"), -1.0]}, good | {"logps": [0.5, -1.0]}, good | {"ids": [1.0, 999]}, good | {"logps": [-1.0]},
               good | {"ids": [1, world.model.config.image_token_id]}]  # fmt: skip
     path = tmp_path / "experts.jsonl"
-    lines = [{"tgrl_experts": 1, "model": "m"}, {"question": "a", "answers": [good]}, *({"question": "a", "answers": [f]} for f in flawed)]
+    lines = [{"tgrl_experts": 1, "texts": None, "model": "m"}, {"question": "a", "answers": [good]}, *({"question": "a", "answers": [f]} for f in flawed)]
     path.write_text("\n".join(map(json.dumps, lines)) + '\n{"no": "answers"}\n{"question": "b", "ans')
-    experts = tgrl.read_cache(path, {}, world.encoder)
+    _, experts = tgrl.read_cache(path, {}, world.encoder)
     assert {q: len(a) for q, a in experts.items()} == {"a": 1} and experts["a"][0].is_expert
     said = capsys.readouterr().out
     for words in ("not finite: line 3", "above 0: line 4", "outside the vocabulary: line 5, 7", "different length: line 6",
-                  "no record of answers: line 8", "torn line, as a kill leaves it: line 9", "7 of 8 answers left out"):  # fmt: skip
+                  "no record of answers; a kill may have torn it: line 8, 9", "7 of 8 answers left out"):  # fmt: skip
         assert words in said, words
 
 
@@ -1292,8 +1298,9 @@ def test_generates_own_log_probs_are_those_of_the_scoring_forward(world):
     prompts, own = [world.encoder(make_problem(seed)) for seed in range(3)], []
     answers = sample(world, prompts, 4, 20, chunk=6, logps=own)
     groups = [tgrl.Group(None, p, [tgrl.Trajectory(ids, "", 0.0) for ids in a]) for p, a in zip(prompts, answers)]
-    for ids, seen, scored in zip(itertools.chain(*answers), own, itertools.chain(*tgrl.score(world.policy, groups, 2)), strict=True):
-        assert len(seen) == len(ids) and torch.allclose(torch.tensor(seen), scored, atol=1e-4)
+    tgrl.score(world.policy, groups, 2, "logp")
+    for t, seen in zip(itertools.chain(*(group.trajectories for group in groups)), own, strict=True):
+        assert len(seen) == len(t.ids) and torch.allclose(torch.tensor(seen), t.logp, atol=1e-4)
 
 
 def test_experts_of_two_processes_continue_after_a_kill(folder, tmp_path):
@@ -1395,12 +1402,12 @@ def test_a_spread_model_scores_the_same(folder, tmp_path):
 def test_stats_of_a_cache(tmp_path, capsys):
     a = dict(ids=[5, 6], logps=[-1.0, -3.0], reward=1.0, finished=True, text="")
     b = dict(ids=[5, 6, 7, 8], logps=[0.0] * 4, reward=0.0, finished=False, text="")
-    header = {"tgrl_experts": 1, "model": "m", "data": "d", "split": "train"}
+    header = {"tgrl_experts": 1, "model": "m", "data": "d", "split": "train", "texts": None}
     lines = [header, {"question": "x", "answers": [a, b]}, {"question": "x", "answers": [a]}, {"question": "y", "answers": [b]}]
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"torn')
     tgrl.make_experts(Config(stats=str(tmp_path / "c.jsonl")))
     said = capsys.readouterr().out
-    for words in ("4 answers to 2 questions, 50.0% correct; 50.0% of the questions", "median 4, longest 4, 50.0% cut off", "-0.667; 1 answers"):
+    for words in ("samples, log-probs of m, on d (train)", "4 answers, 50.0% correct; 1 of 2 questions (50.0%) have", "no record of answers", "median 4, longest 4, 50.0% cut off", "-0.667; 1 answers"):
         assert words in said, said
     with pytest.raises(BadInput, match="does not exist"):
         tgrl.make_experts(Config(stats="nowhere.jsonl"))
@@ -1773,7 +1780,7 @@ def test_a_crash_of_one_process_ends_all_with_its_error(folder, tmp_path):
 
 def test_out_of_memory_names_what_to_lower(folder, tmp_path):
     said = torchrun(1, "memory", folder.options | dict(out=str(tmp_path)), fails=True).said
-    assert re.search(r"out of memory in the update, 1 groups at once in rows of 20\d+ tokens; lower --micro_batch, --max_answer", said), said
+    assert re.search(r"out of memory in the update; lower --micro_batch, --max_answer", said), said
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -1809,6 +1816,10 @@ def test_a_dry_run_tries_the_largest_and_writes_nothing(folder, tmp_path, capsys
     said = capsys.readouterr().out
     assert sizes == [[8, 8, 8, 8]] and not (tmp_path / "out").exists()
     assert "sampling 12 answers at once" in said and "scoring and updating on 1 groups at once" in said and "GiB" in said and "These fit." in said
+    longest = tgrl.Trajectory([20] * 30, "", 1.0, "expert")
+    trainer.experts = {"other": [longest]}
+    trainer.fit()
+    assert sizes[1] == [8, 8, 8, 30], "answers in a cache may be longer than --max_answer"
 
 
 def same_runs(a: Path, b: Path):
@@ -1901,15 +1912,23 @@ def test_options_come_from_the_dataclass(capsys):
 
 @pytest.mark.parametrize("argv, words", [
     (["train", "--algorithm", "ppo"], "can be grpo or dapo"),
-    (["train", "--n_on", "1", "--n_off", "0"], "nothing to compare"),
+    (["train", "--n_on", "1", "--n_off", "0"], "--n_on is 1; it must be at least 2"),
     (["train", "--questions_per_update", "100"], "not a multiple"),
     (["train", "--min_pixels", "9999999"], "larger than"),
     (["train", "--micro_batch", "0"], "at least 1"),
+    (["train", "--steps", "-3"], "at least 0"),
+    (["train", "--lr=-1e-6"], "at least 0"),
     (["experts", "--assume_certain"], "for texts that --score names"),
 ])  # fmt: skip
 def test_bad_options_are_explained(argv, words):
     with pytest.raises(BadInput, match=words):
         tgrl.parse(argv)
+
+
+def test_a_toy_has_no_dry_run(tmp_path):
+    with pytest.raises(BadInput, match="--dry_run is for train"):
+        tgrl.toy(Config(**tgrl.TOY | dict(out=str(tmp_path / "toy"), dry_run=True)))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("change, words", [
@@ -2257,7 +2276,7 @@ def test_evaluation_says_what_is_wrong(benchmarks, folder, tmp_path):
         (model, [name], {"out": benchmarks.out, **asked, "seed": 9}, "is of another evaluation: seed is 1 there and 9 here"),
         (f"{tmp_path}/none", [name], {}, "cannot load --model"),
         (model, [name], {"out": benchmarks.out, **asked, "limit": 1}, "rows is 9 there and 1 here"),
-        (model, [name], {"limit": -1}, "--limit is -1; it must be 0 or more"),
+        (model, [name], {"limit": -1}, "--limit is -1; it must be at least 0"),
         (model, [name, name], {}, "is there twice"),
         ("", [], {}, "give a model and benchmarks"),
     ):

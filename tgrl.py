@@ -26,7 +26,6 @@ R packed rows, L tokens a row, D hidden size, V vocabulary. Names for the paper'
 
 import argparse
 import base64
-import bisect
 import collections
 import contextlib
 import copy
@@ -56,10 +55,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+from PIL import Image, ImageDraw
+from qwen_vl_utils import fetch_image, smart_resize
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoConfig, AutoProcessor, DynamicCache, GenerationConfig
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 # ===== 1. Options: one dataclass; the command line is made from it ====================================================
 
@@ -155,15 +168,13 @@ class Config:
         for name, value in self.BY_ALGORITHM[self.algorithm].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for name in ("n_on", "questions_per_rollout", "questions_per_update", "micro_batch", "generate_batch", "max_prompt", "max_answer",
-                     "max_draws", "tries", "rounds", "samples", "eval_every", "show_every", "keep"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise BadInput(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("n_off", "limit"):
-            if getattr(self, name) < 0:
-                raise BadInput(f"--{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.n_on < 2:  # not every question has an expert
-            raise BadInput(f"a group of --n_on {self.n_on} and --n_off {self.n_off} may have nothing to compare; take --n_on 2 or more")
+        if not self.reweight:
+            self.sharpness = None  # w = 1
+        least = dict(n_on=2, n_off=0, steps=0, save_every=0, limit=0, seed=0)  # n_on: not every question has an expert to compare with
+        for f in dataclasses.fields(self):
+            value, bound = getattr(self, f.name), least.get(f.name, int(f.type is int))
+            if isinstance(value, int | float) and value < bound:
+                raise BadInput(f"--{f.name} is {value}; it must be at least {bound}")
         if self.questions_per_rollout % self.questions_per_update:
             raise BadInput(
                 f"--questions_per_rollout {self.questions_per_rollout} is not a multiple of "
@@ -206,10 +217,13 @@ def extract_boxed(text: str) -> str | None:
 
 MAX_ANSWER_CHARS = 400  # nothing longer is compared as mathematics
 UNICODE = str.maketrans({"²": "^2", "³": "^3", "√": r"\sqrt ", "∞": r"\infty ", "∠": r"\angle ", "º": "°", "˚": "°", "≈": "="})
-# A short unit, or words: 2xyz and 3 times x are algebra, and 2 sin xy is no amount of sins.
-UNIT = r" ?((?:deg|in|ft|yd|mi|kg|ml|[cdkm]?m)(?:/[a-z]+)?)| (?!(?:or|and|plus|over|sin|cos|tan|sec|log|ln) |hundred|thousand|[mb]illion)((?:sq|[A-Za-z]{3,})(?:[ ./]+[A-Za-z]{2,})*\.?)"
-ABBREVIATIONS = {"square ": "sq ", "sq. ": "sq ", "kilo": "k", "centi": "c", "milli": "m", "meter": "m", "metre": "m", "degree": "deg",
-                 "inche": "in", "inch": "in", "feet": "ft", "foot": "ft", "yard": "yd", "mile": "mi", "gram": "g", "minute": "min", "second": "sec"}  # fmt: skip
+SHORT_UNIT = r" ?((?:deg|in|ft|yd|mi|kg|ml|[cdkm]?m)(?:/[a-z]+)?)"
+NO_UNIT = r"(?!(?:or|and|plus|over|sin|cos|tan|sec|log|ln) |hundred|thousand|[mb]illion)"  # 2 sin xy is no amount of sins
+LONG_UNIT = rf" {NO_UNIT}((?:sq|[A-Za-z]{{3,}})(?:[ ./]+[A-Za-z]{{2,}})*\.?)"  # with a space before: 2xyz is algebra
+ABBREVIATIONS = {
+    "square ": "sq ", "sq. ": "sq ", "kilo": "k", "centi": "c", "milli": "m", "meter": "m", "metre": "m", "degree": "deg", "inche": "in",
+    "inch": "in", "feet": "ft", "foot": "ft", "yard": "yd", "mile": "mi", "gram": "g", "minute": "min", "second": "sec",
+}  # fmt: skip
 
 
 def without_latex(text: str) -> str:
@@ -227,7 +241,7 @@ def _normalize(text: str) -> tuple[str, str]:
     text = re.sub(r"\\sqrt ?(\d+|\([^()]*\))", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi", text)
     text = text.strip(" =").removesuffix(".").strip()
-    match = re.fullmatch(rf"(.*(?:[\d)}}π]|\\pi))(?:{UNIT})( ?\^ ?\{{? ?[23] ?\}}?)?", text)
+    match = re.fullmatch(rf"(.*(?:[\d)}}π]|\\pi))(?:{SHORT_UNIT}|{LONG_UNIT})( ?\^ ?\{{? ?[23] ?\}}?)?", text)
     if not match:
         return text, "deg" if degrees else ""
     unit = (match[2] or match[3]).lower()
@@ -431,23 +445,11 @@ def tgrl_loss(logp: Tensor, behavior_logp: Tensor, mask: Tensor, advantages: Ten
 
 # ===== 4. Questions and prompts =======================================================================================
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-import torch.distributed.checkpoint as dcp  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from accelerate.utils import InitProcessGroupKwargs, set_seed  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
-from qwen_vl_utils import fetch_image, smart_resize  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict  # noqa: E402
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-import transformers  # noqa: E402
-from transformers import AutoConfig, AutoProcessor, DynamicCache, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
-
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a fork (of the grader) warns
 transformers.utils.logging.disable_progress_bar()  # of loading and saving; ours show what takes long
 PATCH, MERGED = 14, 28  # Qwen2.5-VL: a patch is 14 pixels wide; 2 x 2 of them become one token
 PLACEHOLDER = "<image>"
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}  # nothing truncated: log-probs are of what is sampled
 
 
 def batches(items: list, size: int):
@@ -458,6 +460,17 @@ def say(text: str):
     """Print, once however many processes run, and above the progress bar."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
+
+
+@contextlib.contextmanager
+def naming_memory(what: str, lower: str):
+    """Out of memory becomes a message that says in what, and which option to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # the latter is a CPU's
+            raise
+        raise BadInput(f"out of memory in {what}; lower {lower}\n{str(error).splitlines()[0]}") from error
 
 
 @dataclass
@@ -471,14 +484,8 @@ class Problem:
 
 def picture_bytes(source, root: Path) -> bytes:
     """A picture as rows hold it (PIL image, bytes, a path, the hub's {bytes, path}) -> its encoded bytes."""
-    if isinstance(source, dict):
-        source = source.get("bytes") or source.get("path")
-    if isinstance(source, Image.Image):
-        source.save(buffer := io.BytesIO(), "PNG")
-        return buffer.getvalue()
-    if isinstance(source, str):
-        return (root / source).read_bytes()
-    return bytes(source)
+    picture = datasets.Image().encode_example(source)
+    return picture["bytes"] or (root / picture["path"]).read_bytes()
 
 
 def open_picture(data: bytes) -> Image.Image:
@@ -495,8 +502,10 @@ def read_problem(row: dict, root: Path) -> Problem:
     answer = extract_boxed(answer) or answer  # ViRL39K writes \boxed{42}
     if not question or not answer:
         raise BadInput("no answer" if question else "no question")
-    images = row["images"] if row.get("images") is not None else row.get("image")
-    images = images if isinstance(images, list) else [] if images in (None, "") else [images]
+    if control := re.search(r"<\|\w+\|>", question):
+        raise BadInput(f"{control[0]} in the question, which is no text to the model")
+    images = row.get("images") or row.get("image") or []
+    images = images if isinstance(images, list) else [images]
     try:
         images = [picture_bytes(image, root) for image in images]
         sizes = [open_picture(image).size for image in images]
@@ -531,12 +540,13 @@ def read_rows(source: str, split: str, config: str | None = None) -> typing.Iter
         lines = Path(source).read_text(encoding="utf-8").split("\n")  # splitlines would also split inside of some strings
         for number, line in ((n, line) for n, line in enumerate(lines, 1) if line.strip()):
             try:
-                yield dict(json.loads(line))
-            except (ValueError, TypeError):
-                raise BadInput(f"{source}, line {number} is no JSON object; one object a line is expected") from None
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise BadInput(f"{source}, line {number} is no JSON object; one object a line is expected")
+            yield row
         return
-    import datasets  # slow to import, and a JSONL file needs none of it
-
     try:
         if source.endswith(".parquet"):
             table = datasets.load_dataset("parquet", data_files=source, split="train")
@@ -594,13 +604,9 @@ class Prompt:
     pixels: Tensor | None  # [patches, 3 * 2 * 14 * 14]
     grid: Tensor | None  # [pictures, 3]
 
-    @property
-    def next_position(self) -> int:  # where text goes on; a picture takes fewer positions than tokens
-        return int(self.positions.max()) + 1
-
     def followed_by(self, ids: list[int]) -> "Prompt":
-        """The same with the beginning of an answer behind it."""
-        places = (self.next_position + torch.arange(len(ids))).expand(3, -1)
+        """The same with the beginning of an answer behind it, where positions go on by one a token."""
+        places = self.positions[:, -1:] + torch.arange(1, len(ids) + 1)  # [3, T]
         ids = torch.cat([self.ids, torch.tensor(ids, dtype=torch.long)])
         return dataclasses.replace(self, ids=ids, positions=torch.cat([self.positions, places], 1))
 
@@ -666,11 +672,11 @@ class Encoder:
         return kept
 
     def fingerprints(self) -> dict:
-        """What must agree for token ids and log-probs of two models to be comparable: tokenizer, and wording of the prompt."""
+        """What must agree for token ids and log-probs of two models to be comparable: tokenizer, prompt, and how it is sampled."""
         digest = lambda *parts: hashlib.sha256(repr(parts).encode()).hexdigest()[:16]  # noqa: E731
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         prompt = self.text(Problem("", PLACEHOLDER + "question", [], ""))
-        return {"tokenizer": digest(vocabulary), "prompt": digest(prompt, self.cfg.min_pixels, self.cfg.max_pixels)}
+        return {"tokenizer": digest(vocabulary), "prompt": digest(prompt, self.cfg.min_pixels, self.cfg.max_pixels), "sampling": SAMPLING}
 
 
 def load_model(name: str, dtype=torch.float32, **options):
@@ -772,7 +778,7 @@ def pack(groups: list[Group]) -> Pack:
             inputs = torch.tensor(trajectory.ids[:-1], dtype=torch.long)  # nothing is predicted from the last token
             steps = torch.arange(len(inputs))
             parts.append(inputs)
-            places.append((prompt.next_position + steps).expand(3, -1))
+            places.append(prompt.positions[:, -1:] + 1 + steps)  # a picture takes fewer positions than tokens
             owners.append(torch.full_like(inputs, number))
             # the first token is predicted by the question's last, each other one by the token before it
             origins.append((len(ids), torch.cat([torch.tensor([len(prompt.ids) - 1]), length + steps])))
@@ -849,20 +855,21 @@ class Policy(nn.Module):
         return torch.zeros(pack.mask.shape, device=pack.mask.device).masked_scatter(pack.mask, logp.to(pack.mask.device))
 
 
+@naming_memory("scoring", "--micro_batch, --max_answer or --max_pixels")
 @torch.no_grad()
-def score(policy: Policy, groups: list[Group], micro_batch: int) -> list[list[Tensor]]:
-    """The log-probs [T] of every answer of every group, by the forward pass that training uses."""
+def score(policy: Policy, groups: list[Group], micro_batch: int, name: str):
+    """The log-probs [T] of every answer, by the forward pass that training uses, into the attribute of that name."""
     policy.eval()
-    scores = []
     for part in batches(groups, micro_batch):
-        rows = iter(policy(pack(part).to(policy.blank.device)).cpu())
-        scores += [[next(rows)[: len(t.ids)] for t in group.trajectories] for group in part]
-    return scores
+        trajectories = [t for group in part for t in group.trajectories]
+        for t, row in zip(trajectories, policy(pack(part).to(policy.blank.device)).cpu()):
+            setattr(t, name, row[: len(t.ids)])
 
 
 # ===== 6. Rollouts ====================================================================================================
 
 
+@naming_memory("sampling", "--generate_batch, --max_answer or --max_pixels")
 @torch.no_grad()
 def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: float = 1.0, chunk: int = 256,
            logps: list | None = None) -> list[list[list[int]]]:  # fmt: skip
@@ -872,14 +879,13 @@ def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: 
     finished answers leave the batch. Nothing is truncated, and in training the temperature is 1, else pi_old is not what was
     sampled from; at 0 it takes the likeliest. A list given as `logps` gets the log-probs that generate itself had.
     """
-    device, core, training = actor.device, actor.model, actor.training
+    device, training = actor.device, actor.training
     ends, max_tokens = encoder.ends, encoder.cfg.max_answer
     width = max(len(p.ids) for p in prompts)
     left = lambda row: F.pad(row, (width - row.shape[-1], 0))  # noqa: E731
     ids = torch.stack([left(p.ids) for p in prompts]).to(device)  # [B, P]
     seen = torch.stack([left(torch.ones_like(p.ids)) for p in prompts]).to(device)  # [B, P]
     positions = torch.stack([left(p.positions) for p in prompts], 1).to(device)  # [3, B, P]
-    deltas = torch.tensor([[p.next_position - len(p.ids)] for p in prompts], device=device)  # [B, 1]
     pictured = [p for p in prompts if p.pixels is not None]
     vision = dict(pixel_values=torch.cat([p.pixels for p in pictured]).to(device),
                   image_grid_thw=torch.cat([p.grid for p in pictured]).to(device)) if pictured else {}  # fmt: skip
@@ -904,16 +910,16 @@ def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: 
     try:
         cache = DynamicCache(config=actor.config.get_text_config())
         prefix = dict(input_ids=ids[:, :-1], attention_mask=seen[:, :-1], position_ids=positions[..., :-1])
-        core(**prefix, **vision, past_key_values=cache, use_cache=True)  # all but the last token, from which generate starts
+        actor.model(**prefix, **vision, past_key_values=cache, use_cache=True)  # all but the last token, from which generate starts
         cache.batch_repeat_interleave(n)
-        ids, seen, deltas = (x.repeat_interleave(n, 0) for x in (ids, seen, deltas))  # [B*n, ...]
+        ids, seen = ids.repeat_interleave(n, 0), seen.repeat_interleave(n, 0)  # [B*n, P]
+        positions = positions[..., -1:].repeat_interleave(n, 1)  # [3, B*n, 1] of the last token; generate counts on from them
         answers, open_rows = [[] for _ in ids], torch.arange(len(ids))
         if logps is not None:
             logps.extend([] for _ in ids)
         for start in range(0, max_tokens, chunk):
-            core.rope_deltas = deltas  # generate counts positions from this attribute, which the last batch has left behind
-            out = actor.generate(ids, attention_mask=seen, past_key_values=cache, logits_processor=[forbid],
-                                 max_new_tokens=min(chunk, max_tokens - start))  # fmt: skip
+            out = actor.generate(ids, attention_mask=seen, position_ids=positions, past_key_values=cache,
+                                 logits_processor=[forbid], max_new_tokens=min(chunk, max_tokens - start))  # fmt: skip
             new = out.sequences[:, ids.shape[1] :]
             ended = torch.isin(new, end_ids)  # [rows, chunk]
             for row, tokens, stops in zip(open_rows.tolist(), new.tolist(), ended.tolist()):
@@ -928,10 +934,10 @@ def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: 
                 break
             cache = out.past_key_values
             cache.batch_select_indices(stay)
-            ids, deltas, open_rows = out.sequences[stay], deltas[stay], open_rows[stay]
+            ids, positions, open_rows = out.sequences[stay], positions[:, stay] + new.shape[1], open_rows[stay]
             seen = torch.cat([seen[stay], seen.new_ones(len(stay), new.shape[1])], 1)
     finally:
-        actor.generation_config, core.rope_deltas = original, None
+        actor.generation_config = original
         actor.train(training)
     return [answers[i : i + n] for i in range(0, len(answers), n)]
 
@@ -946,7 +952,6 @@ def grade(ids: list[int], problem: Problem, encoder: Encoder) -> Trajectory:
 # The cache is JSONL. Line 1 says what the answers belong to; each other line holds one question and some answers to it:
 #   {"question": id, "answers": [{"ids": [...], "logps": [...], "reward": 1.0, "finished": true, "text": "..."}, ...]}
 
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
 MISFIT = {
     "tokenizer": "its token ids belong to another tokenizer; take an expert of the student's family",
     "prompt": "it answers another prompt; give the --instruction, --min_pixels and --max_pixels it was sampled with, or sample anew",
@@ -954,11 +959,6 @@ MISFIT = {
     "model": "it holds another model's answers; give another --experts file, or that --model",
     "assumed_certain": "log-probs are assumed in one and computed in the other; give another --experts file",
 }
-
-
-def cache_header(cfg: Config, encoder: Encoder) -> dict:
-    origin = {"model": cfg.model, "data": cfg.data, "split": cfg.split, "texts": cfg.score or None, "assumed_certain": cfg.assume_certain or None}
-    return {"tgrl_experts": 1, **origin, "sampling": SAMPLING, **encoder.fingerprints()}
 
 
 def flaw(answer: dict, writable: typing.Container[int]) -> str | None:
@@ -973,40 +973,34 @@ def flaw(answer: dict, writable: typing.Container[int]) -> str | None:
     return "log-probs above 0" if max(logps) > 1e-3 else None
 
 
-def read_header(path: Path) -> dict:
-    with open(path, "rb") as file:
-        try:
-            header = json.loads(file.readline())
-            header["tgrl_experts"]
-        except (ValueError, KeyError, TypeError):
-            raise BadInput(f"{path} is no expert cache: its first line is not the header that `tgrl.py experts` writes") from None
-    return header
-
-
-def read_cache(path: Path, wanted: dict, encoder: Encoder | None) -> dict[str, list[Trajectory]]:
-    """Expert answers by question. The header must agree with `wanted`; flawed answers are left out and reported."""
-    header, lines = read_header(path), path.read_bytes().split(b"\n")
-    writable = range(sys.maxsize) if encoder is None else set(range(len(encoder.tokenizer))).difference(encoder.unwritable.tolist())
+def read_cache(path: Path, wanted: dict, encoder: Encoder | None) -> tuple[dict, dict[str, list[Trajectory]]]:
+    """Header, and expert answers by question. The header must agree with `wanted`; flawed answers are left out and reported."""
+    first, _, rest = path.read_bytes().partition(b"\n")
+    try:
+        header = json.loads(first)
+        source = header["texts"] or header["model"]
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{path} is no expert cache: its first line is not the header that `tgrl.py experts` writes") from None
     for key, value in wanted.items():
         if header.get(key) != value:
             raise BadInput(f"{path} does not fit this run: {MISFIT[key]}\n  cache: {key} {header.get(key)}\n  here:  {key} {value}")
+    writable = range(sys.maxsize) if encoder is None else set(range(len(encoder.tokenizer))).difference(encoder.unwritable.tolist())
     experts, left_out = collections.defaultdict(list), []
-    for number, line in enumerate(lines[1:] if lines[-1] else lines[1:-1], 2):
+    for number, line in enumerate(rest.splitlines(), 2):
         try:
             record = json.loads(line)
             for a in record["answers"]:
                 if reason := flaw(a, writable):
                     left_out.append((number, reason))
                 else:
-                    source = header.get("texts") or header["model"]
                     answer = Trajectory(a["ids"], a["text"], a["reward"], source, a["finished"], behavior_logp=torch.tensor(a["logps"]))
                     experts[record["question"]].append(answer)
         except (ValueError, KeyError, TypeError, AttributeError):
-            left_out.append((number, "torn line, as a kill leaves it" if number == len(lines) else "no record of answers"))
+            left_out.append((number, "no record of answers; a kill may have torn it"))
     report_left_out(path, left_out, len(left_out) + sum(map(len, experts.values())), "answer", "line")
     if header.get("assumed_certain"):
         say(f"{path}: log pi_phi = 0 is assumed of every token, so that Delta is -log pi_theta, and rho pi_theta itself")
-    return experts
+    return header, experts
 
 
 def append_records(path: Path, records: list[dict]):
@@ -1023,45 +1017,26 @@ def append_records(path: Path, records: list[dict]):
         os.fsync(file.fileno())
 
 
-def coverage(path: Path, experts: dict, problems: list[Problem]) -> str:
-    answers = [experts.get(p.id, []) for p in problems]
-    count, right = sum(map(len, answers)), sum(t.reward for some in answers for t in some)
-    covered = sum(any(t.reward == 1 for t in some) for some in answers)
-    return (f"{path}: {count} answers, {right / max(count, 1):.0%} correct; "
-            f"{covered} of {len(problems)} questions ({covered / len(problems):.0%}) have a correct expert")  # fmt: skip
-
-
-@contextlib.contextmanager
-def naming_memory(what: str, lower: str):
-    """Out of memory becomes a message that says in what, and which option to lower."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # the latter is a CPU's
-            raise
-        raise BadInput(f"out of memory in {what}; lower {lower}\n{str(error).splitlines()[0]}") from error
+def describe(path: Path, header: dict, experts: dict[str, list[Trajectory]], questions: typing.Collection[str]) -> str:
+    """What is in a cache, for these questions."""
+    by_question = [experts.get(question, []) for question in questions]
+    answers = [t for some in by_question for t in some]
+    if not answers:
+        raise BadInput(f"{path} answers none of the {len(questions)} questions; was it made for other data?")
+    covered, lengths = sum(any(t.reward == 1 for t in some) for some in by_question), sorted(len(t.ids) for t in answers)
+    twice = len(answers) - sum(len({tuple(t.ids) for t in some}) for some in by_question)
+    share = lambda values: f"{statistics.fmean(map(float, values)):.1%}"  # noqa: E731
+    return (f"{path}: {header['texts'] or 'samples'}, log-probs of {header['model']}, on {header['data']} ({header['split']})\n"
+            f"  {len(answers)} answers, {share(t.reward for t in answers)} correct; "
+            f"{covered} of {len(questions)} questions ({covered / len(questions):.1%}) have a correct expert\n"
+            f"  tokens: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}, {share(not t.finished for t in answers)} cut off\n"
+            f"  mean log-prob a token {sum(float(t.behavior_logp.sum()) for t in answers) / sum(lengths):.3f}; {twice} answers are there twice")  # fmt: skip
 
 
 def start_processes(**options) -> Accelerator:
     """Device, process group and reductions. While one process samples, others wait: longer than the usual ten minutes."""
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
     return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience], **options)
-
-
-def tell_stats(path: Path):
-    """What is in a cache, by itself: no model, no data."""
-    check_exists(str(path))
-    header, by_question = read_header(path), read_cache(path, {}, None)
-    answers = [t for some in by_question.values() for t in some]
-    if not answers:
-        raise BadInput(f"{path} has no answers yet")
-    lengths, mean = sorted(len(t.ids) for t in answers), lambda values: statistics.fmean(map(float, values))
-    twice = len(answers) - len({(q, tuple(t.ids)) for q, some in by_question.items() for t in some})
-    print(f"{path}: {header.get('texts') or 'samples'}, log-probs of {header['model']}, on {header['data']} ({header['split']})\n"
-          f"  {len(answers)} answers to {len(by_question)} questions, {mean(t.reward for t in answers):.1%} correct; "
-          f"{mean(any(t.reward == 1 for t in some) for some in by_question.values()):.1%} of the questions have a correct one\n"
-          f"  tokens: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}, {mean(not t.finished for t in answers):.1%} cut off\n"
-          f"  mean log-prob a token {sum(float(t.behavior_logp.sum()) for t in answers) / sum(lengths):.3f}; {twice} answers are there twice")  # fmt: skip
 
 
 def read_texts(path: str, problems: list[Problem], encoder: Encoder) -> dict[str, list[list[int]]]:
@@ -1083,13 +1058,14 @@ def read_texts(path: str, problems: list[Problem], encoder: Encoder) -> dict[str
 def expert_groups(policy: Policy, encoder: Encoder, part: list[Problem], n: int, texts: dict | None, gaps: list[float]) -> list[Group]:
     """n answers to each question, sampled or taken from its texts, graded, with their log-probs under the expert in behavior_logp."""
     cfg, prompts, own = encoder.cfg, [encoder(p) for p in part], []
-    with naming_memory(f"sampling or scoring {len(part) * n} answers", "--generate_batch, --micro_batch or --max_answer"):
-        answers = sample(policy.model, encoder, prompts, n, logps=own) if texts is None else [texts.pop(p.id) for p in part]
-        groups = [Group(p, q, [grade(ids, p, encoder) for ids in a]) for p, q, a in zip(part, prompts, answers)]
-        trajectories = [t for group in groups for t in group.trajectories]
-        logps = [torch.zeros(len(t.ids)) for t in trajectories] if cfg.assume_certain else itertools.chain(*score(policy, groups, cfg.micro_batch))
-    for trajectory, logp in zip(trajectories, logps):
-        trajectory.behavior_logp = logp
+    answers = sample(policy.model, encoder, prompts, n, logps=own) if texts is None else [texts.pop(p.id) for p in part]
+    groups = [Group(p, q, [grade(ids, p, encoder) for ids in a]) for p, q, a in zip(part, prompts, answers)]
+    trajectories = [t for group in groups for t in group.trajectories]
+    if cfg.assume_certain:
+        for t in trajectories:
+            t.behavior_logp = torch.zeros(len(t.ids))
+    else:
+        score(policy, groups, cfg.micro_batch, "behavior_logp")
     gaps += [float((t.behavior_logp - torch.tensor(seen)).abs().max()) for t, seen in zip(trajectories, own)]
     return groups
 
@@ -1097,7 +1073,9 @@ def expert_groups(policy: Policy, encoder: Encoder, part: list[Problem], n: int,
 def make_experts(cfg: Config):
     """Sample answers from a strong model, or take them from a file; score and grade them, and append them to the cache."""
     if cfg.stats:
-        return tell_stats(Path(cfg.stats))
+        check_exists(cfg.stats)
+        header, experts = read_cache(Path(cfg.stats), {}, None)
+        return print(describe(Path(cfg.stats), header, experts, experts))
     if cfg.rectifies:
         raise BadInput("--experts self is for train: the policy makes them while it learns. Give a file to write to")
     check_exists(cfg.data, cfg.score)
@@ -1111,17 +1089,17 @@ def make_experts(cfg: Config):
     texts = read_texts(cfg.score, problems, encoder) if cfg.score else None
     problems = list({p.id: p for p in problems}.values())  # each question once
 
-    path, header = Path(cfg.experts), cache_header(cfg, encoder)
+    path, wanted = Path(cfg.experts), {"model": cfg.model, "assumed_certain": cfg.assume_certain or None, **encoder.fingerprints()}
     if main and not (path.exists() and path.stat().st_size):
         path.parent.mkdir(parents=True, exist_ok=True)
-        append_records(path, [header])
+        append_records(path, [{"tgrl_experts": 1, "data": cfg.data, "split": cfg.split, "texts": cfg.score or None, **wanted}])
     accelerator.wait_for_everyone()
-    wanted = {key: header[key] for key in MISFIT}
-    cached = read_cache(path, wanted, encoder)
-    rewards = {p.id: [t.reward for t in cached.get(p.id, [])] for p in problems}
-    set_seed(cfg.seed + rank + 1009 * sum(map(len, cached.values())))  # else a run that continues would sample the same again
+    _, cached = read_cache(path, wanted, encoder)
+    rewards = {p.id: [t.reward for t in cached[p.id]] for p in problems}
+    # other noise in each process, and in a run that continues, which would else sample the same again
+    set_seed(cfg.seed + 10**6 * rank + 1009 * sum(map(len, cached.values())))
     for p in problems if texts else ():
-        known = [t.ids for t in cached.get(p.id, [])]
+        known = [t.ids for t in cached[p.id]]
         texts[p.id] = [ids for ids in texts[p.id] if ids not in known]
     accelerator.wait_for_everyone()  # all have read it before one appends
 
@@ -1136,25 +1114,29 @@ def make_experts(cfg: Config):
     todo = sorted((p for p in problems if missing(p) > 0), key=encoder.length)
     say(f"{path}: {len(todo)} of {len(problems)} questions need answers")
     todo, tokens, gaps, start = todo[rank::world], 0, [], time.perf_counter()
+    at_once = max(1, cfg.generate_batch // (1 if cfg.until_correct else cfg.samples))
     bar = tqdm(total=len(todo), unit="question", desc="experts", disable=None if main else True)  # None: only on a terminal
-    while todo := sorted((p for p in todo if missing(p) > 0), key=missing):  # again, if until_correct takes them one by one
-        for n, same in itertools.groupby(todo, key=missing):
-            for part in batches(list(same), max(1, cfg.generate_batch // n)):
-                records = []
-                for group in expert_groups(policy, encoder, part, n, texts, gaps):
-                    kept = [dict(ids=t.ids, logps=t.behavior_logp.tolist(), reward=t.reward, finished=t.finished, text=t.text) for t in group.trajectories]
-                    records.append({"question": group.problem.id, "answers": kept})
-                    rewards[group.problem.id] += [t.reward for t in group.trajectories]
-                    tokens += sum(len(t.ids) for t in group.trajectories)
-                append_records(path, records)
-                bar.update(sum(missing(p) == 0 for p in part))
-                bar.set_postfix_str(f"{sum(1.0 in some for some in rewards.values())} with a right answer, {tokens / (time.perf_counter() - start):.0f} tokens/s")
+    while todo := sorted((p for p in todo if missing(p) > 0), key=missing):  # again, for those that were given fewer than they miss
+        for part in batches(todo, at_once):
+            records = []
+            for group in expert_groups(policy, encoder, part, missing(part[0]), texts, gaps):
+                answers = []
+                for t in group.trajectories:
+                    answers.append(dict(ids=t.ids, logps=t.behavior_logp.tolist(), reward=t.reward, finished=t.finished, text=t.text))
+                    rewards[group.problem.id].append(t.reward)
+                    tokens += len(t.ids)
+                records.append({"question": group.problem.id, "answers": answers})
+            append_records(path, records)
+            bar.update(sum(missing(p) == 0 for p in part))
+            right = sum(1.0 in some for some in rewards.values())
+            bar.set_postfix_str(f"{right} with a right answer, {tokens / (time.perf_counter() - start):.0f} tokens/s")
     bar.close()
     if gaps:
-        say(f"the log-probs kept and those of generate differ by {max(gaps):.1g} a token, at most (on average, an answer's largest, {statistics.fmean(gaps):.1g})")
+        average = f"(on average, an answer's largest, {statistics.fmean(gaps):.1g})"
+        say(f"the log-probs kept and those of generate differ by {max(gaps):.1g} a token, at most {average}")
     accelerator.wait_for_everyone()
     if main:
-        say(coverage(path, read_cache(path, wanted, encoder), problems))
+        say(describe(path, *read_cache(path, wanted, encoder), [p.id for p in problems]))
 
 
 # ----- An expert that the policy makes itself, in the spirit of IVR-R1 (arXiv 2605.23997)
@@ -1171,11 +1153,12 @@ def look_again(problem: Problem) -> Problem:
 def step_starts(ids: list[int], tokenizer) -> list[int]:
     """The tokens at which the steps of an answer begin; a step ends with a sentence or a line."""
     pieces = [tokenizer.decode([i]) for i in ids]
-    places = list(itertools.accumulate(map(len, pieces), initial=0))[: len(ids)]  # of each token, in the text
-    ends = [m.end() for m in re.finditer(r"[.!?;]+(?=\s)\n*|\n+", "".join(pieces))]
-    return sorted({0, *(bisect.bisect_left(places, end) for end in ends if end <= places[-1])})
+    sentence = lambda before, piece: before.endswith((".", "!", "?", ";")) and piece.startswith(" ")  # noqa: E731
+    line = lambda before, piece: before.endswith("\n") and not piece.startswith("\n")  # noqa: E731
+    return [0] + [i for i, pair in enumerate(itertools.pairwise(pieces), 1) if sentence(*pair) or line(*pair)]
 
 
+@naming_memory("rectifying", "--max_answer or --max_pixels")
 @torch.no_grad()
 def localise(judge: Policy, group: Group, flawed: Trajectory, tokenizer) -> Rectification:
     """Which step of a wrong answer has gone wrong?  Leaves its log-probs [T] in flawed.logp.
@@ -1222,8 +1205,8 @@ def rectify(actor, encoder: Encoder, groups: list[Group]):
                 answers = [grade(kept + tail, group.problem, encoder) for tail in tails if len(kept) + len(tail) <= cfg.max_answer]
                 if right := next((answer for answer in answers if answer.reward == 1 and answer.finished), None):
                     story.tail = right.ids[story.cut :]
-                    tail_logp = score(judge, [Group(group.problem, prompt, [Trajectory(story.tail, "", 1.0)])], 1)[0][0]
-                    right.source, right.behavior_logp = "self", torch.cat([story.flawed.logp[: story.cut], tail_logp])  # of what produced it
+                    score(judge, [Group(group.problem, prompt, [new := Trajectory(story.tail, "", 1.0)])], 1, "logp")
+                    right.source, right.behavior_logp = "self", torch.cat([story.flawed.logp[: story.cut], new.logp])  # of what produced it
                     others = group.trajectories[:-1] if group.trajectories[-1].is_expert else group.trajectories
                     group.trajectories = [*others, right]  # in place of an expert that is wrong, if there is one
 
@@ -1264,22 +1247,9 @@ def peak_memory() -> float:
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-@contextlib.contextmanager
-def stop_requests():
-    """Ctrl-C, or a scheduler's SIGTERM, becomes an entry of a list, to be looked at between steps; a second one stops at once."""
-    requests = []
-
-    def note(number, _):
-        requests.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step; once more to stop at once\n" * (os.environ.get("RANK", "0") == "0"))
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requests
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+@functools.lru_cache(maxsize=2)
+def shuffled(n: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(f"{seed} {epoch}").sample(range(n), n)
 
 
 class Tally(collections.defaultdict):
@@ -1299,7 +1269,7 @@ class Trainer:
 
     def __init__(self, cfg: Config, load=load_model):  # load: eval.py bench has another
         self.cfg = cfg
-        if Path(cfg.out, "metrics.jsonl").exists() and not cfg.resume:
+        if Path(cfg.out, "metrics.jsonl").exists() and not cfg.resume and not cfg.dry_run:
             raise BadInput(f"--out {cfg.out} holds an earlier run; add --resume to continue it, or give another folder")
         check_exists(cfg.data, cfg.val_data)
         if cfg.cache and not Path(cfg.cache).exists():
@@ -1313,26 +1283,20 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         if cfg.questions_per_update % self.world:
             raise BadInput(f"--questions_per_update {cfg.questions_per_update} cannot be dealt out evenly to {self.world} processes")
-        set_seed(cfg.seed + self.rank)
+        set_seed(cfg.seed + 10**6 * self.rank)
         model, self.processor = load(cfg.model)
         self.encoder = Encoder(self.processor, model, cfg)
         self.problems = self.encoder.load(cfg.data, cfg.split)
         self.held_out = self.encoder.load(cfg.val_data, cfg.val_split) if cfg.val_data else []
-        self.experts = self.load_experts() if cfg.cache else {}
+        self.experts = {}
+        if cfg.cache:
+            header, self.experts = read_cache(Path(cfg.cache), self.encoder.fingerprints(), self.encoder)
+            say(describe(Path(cfg.cache), header, self.experts, [p.id for p in self.problems]))
         self.build(model)
         self.steps = cfg.steps or max(1, cfg.epochs * len(self.problems) // cfg.questions_per_rollout)
-        self.sharpness = cfg.sharpness if cfg.reweight else None  # None: w = 1
         self.checkpoints = Path(cfg.out, "checkpoints")
         self.position = 0  # questions drawn so far, by all processes
-
-    def load_experts(self) -> dict[str, list[Trajectory]]:
-        path, data = Path(self.cfg.cache), self.cfg.data
-        header = cache_header(self.cfg, self.encoder)
-        experts = read_cache(path, {key: header[key] for key in ("tokenizer", "prompt", "sampling")}, self.encoder)
-        say(coverage(path, experts, self.problems))
-        if not any(experts.get(p.id) for p in self.problems):
-            raise BadInput(f"{path} answers none of the {len(self.problems)} questions of {data}; was it made for other data?")
-        return experts
+        self.stopping = False
 
     def build(self, model):
         """Policy, actor, reference, optimizer."""
@@ -1349,9 +1313,6 @@ class Trainer:
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
-    def weight_norm(self) -> float:
-        return float(whole(nn.utils.get_total_norm([p.detach() for p in self.policy.parameters()])))
-
     @torch.no_grad()
     def refresh_actor(self):
         if self.actor is not self.policy.model:
@@ -1362,21 +1323,13 @@ class Trainer:
         """Sums over all processes; every process gets here."""
         return self.accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.device), "sum").tolist()
 
-    # draw
-
     def draw(self, n: int) -> list[tuple[int, Problem]]:
         """The next n questions of this process, as (epoch, question): all walk one shuffled list and take turns."""
         wishes = self.accelerator.gather(torch.tensor([n], device=self.device)).tolist()
         first = self.position + sum(wishes[: self.rank])
         self.position += sum(wishes)
         places = [divmod(place, len(self.problems)) for place in range(first, first + n)]
-        return [(epoch, self.problems[self.order(epoch)[i]]) for epoch, i in places]
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019 one trainer a process
-    def order(self, epoch: int) -> list[int]:
-        return random.Random(f"{self.cfg.seed} {epoch}").sample(range(len(self.problems)), len(self.problems))
-
-    # roll out
+        return [(epoch, self.problems[shuffled(len(self.problems), self.cfg.seed, epoch)[i]]) for epoch, i in places]
 
     def pick_experts(self, problem: Problem, epoch: int) -> list[Trajectory]:
         """n_off of the cached answers, others in each epoch. Without any, the group is the policy's answers alone."""
@@ -1387,21 +1340,16 @@ class Trainer:
             cached = sorted(cached, key=lambda t: -t.reward)
         return [dataclasses.replace(t, kept=t.reward == 1 or not self.cfg.filter) for t in cached[: self.cfg.n_off]]  # Eq. 22
 
-    def sample(self, encoder: Encoder, prompts: list[Prompt]) -> list[list[list[int]]]:
-        with naming_memory(f"sampling {len(prompts) * self.cfg.n_on} answers at once", "--generate_batch or --max_answer"):
-            return sample(self.actor, encoder, prompts, self.cfg.n_on)
-
     def roll_out(self, drawn: list[tuple[int, Problem]]) -> list[Group]:
         """Groups with rewards and advantages: n_on answers of the policy, then the experts'."""
         groups = []
         for part in batches(drawn, max(1, self.cfg.generate_batch // self.cfg.n_on)):
             prompts = [self.encoder(problem) for _, problem in part]
-            for (epoch, problem), prompt, answers in zip(part, prompts, self.sample(self.encoder, prompts)):
+            for (epoch, problem), prompt, answers in zip(part, prompts, sample(self.actor, self.encoder, prompts, self.cfg.n_on)):
                 own = [grade(ids, problem, self.encoder) for ids in answers]  # Eq. 13
                 groups.append(Group(problem, prompt, own + self.pick_experts(problem, epoch)))  # Eq. 14
         if self.cfg.rectifies:
-            with naming_memory("rectifying answers", "--generate_batch or --max_answer"):
-                rectify(self.actor, self.encoder, [g for g in groups if not any(t.is_expert and t.reward == 1 for t in g.trajectories)])
+            rectify(self.actor, self.encoder, [g for g in groups if not any(t.is_expert and t.reward == 1 for t in g.trajectories)])
         for group in groups:
             advantages = group_advantages(torch.tensor([[t.reward for t in group.trajectories]]))  # Eq. 15-16
             for trajectory, advantage in zip(group.trajectories, advantages[0].tolist()):
@@ -1415,7 +1363,7 @@ class Trainer:
     def collect(self, tally: Tally) -> list[Group]:
         """This process's share of a rollout batch. Dynamic sampling replaces groups without contrast, in at most max_draws draws."""
         quota, dynamic = self.cfg.questions_per_rollout // self.world, self.cfg.dynamic_sampling
-        kept, flat, drawn, errors = [], [], 0, sum(math_verify.errors.values())
+        kept, flat, drawn, errors = [], [], 0, math_verify.errors.total()
         tally.add(expert_reward=(0, 0), rectified=(0, 0), rounds=(0, 0))  # the same keys on all processes, whoever draws an expert
         for _ in range(self.cfg.max_draws if dynamic else 1):
             if self.total(quota - len(kept))[0] == 0:  # the same decision everywhere; a process with its quota draws nothing
@@ -1437,25 +1385,20 @@ class Trainer:
         filler = flat[: quota - len(kept)]
         for trajectory in (t for group in filler for t in group.trajectories):
             trajectory.advantage = 0.0  # only dilutes the mean; keeps the number of forward passes the same on all processes
-        errors = sum(math_verify.errors.values()) - errors
+        errors = math_verify.errors.total() - errors
         tally.add(draws=(drawn, quota), filler=(len(filler), quota), grader_errors=(errors, drawn * self.cfg.n_on))
         return kept + filler
 
-    # score
-
     def set_log_probs(self, groups: list[Group]):
-        """pi_old (and pi_ref) by the forward pass that training uses, before the first update: sampling rounds differently."""
-        several = self.cfg.questions_per_rollout > self.cfg.questions_per_update  # else logp itself is pi_old, see update
-        for name, policy in (("ref_logp", self.reference), ("behavior_logp", self.policy if several else None)):
-            with naming_memory(f"scoring {self.cfg.micro_batch} groups at once", "--micro_batch, --max_answer or --max_pixels"):
-                scores = score(policy, groups, self.cfg.micro_batch) if policy else ()
-            for group, logps in zip(groups, scores):
-                for trajectory, logp in zip(group.trajectories, logps):
-                    if name == "ref_logp" or not trajectory.is_expert:
-                        setattr(trajectory, name, logp)
+        """pi_ref and pi_old, before the first update, by the forward pass that training uses: sampling rounds differently."""
+        if self.reference:
+            score(self.reference, groups, self.cfg.micro_batch, "ref_logp")
+        if self.cfg.questions_per_rollout > self.cfg.questions_per_update:  # else pi_old is the policy of the update itself
+            score(self.policy, groups, self.cfg.micro_batch, "logp")
+            for t in (t for group in groups for t in group.trajectories if not t.is_expert):
+                t.behavior_logp = t.logp
 
-    # update
-
+    @naming_memory("the update", "--micro_batch, --max_answer or --max_pixels")
     def update(self, groups: list[Group], tally: Tally):
         """One optimizer update on this process's groups, in micro-batches."""
         cfg, trajectories = self.cfg, [t for group in groups for t in group.trajectories]
@@ -1465,20 +1408,18 @@ class Trainer:
         for part in batches(groups, cfg.micro_batch):
             trajectories = [t for group in part for t in group.trajectories]
             batch = pack(part).to(self.device)
-            size = f"the update, {len(part)} groups at once in rows of {batch.ids.shape[1]} tokens"
-            with naming_memory(size, "--micro_batch, --max_answer or --max_pixels"):
-                logp = self.policy(batch)  # [N, T]
-                for t, row in zip(trajectories, logp.detach().cpu()):
-                    t.logp = row[: len(t.ids)]
-                    t.behavior_logp = t.logp if t.behavior_logp is None else t.behavior_logp  # None: written by this very policy
-                column = lambda name: pad([getattr(t, name) for t in trajectories]).to(self.device)  # noqa: E731 [N, T]
-                loss, metrics = tgrl_loss(
-                    logp, column("behavior_logp"), batch.mask, batch.advantages, batch.is_expert, batch.expert_ok,
-                    token_shares(batch.mask, "dapo" if cfg.token_mean else "grpo", n_trajectories, n_tokens),
-                    sharpness=self.sharpness, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
-                    kl_coef=cfg.kl_coef, ref_logp=column("ref_logp") if cfg.kl_coef else None,
-                )  # fmt: skip
-                (loss * self.world).backward()  # shares are of all processes, but sharded gradients are averaged over them
+            logp = self.policy(batch)  # [N, T]
+            for t, row in zip(trajectories, logp.detach().cpu()):
+                t.logp = row[: len(t.ids)]
+                t.behavior_logp = t.logp if t.behavior_logp is None else t.behavior_logp  # None: written by this very policy
+            column = lambda name: pad([getattr(t, name) for t in trajectories]).to(self.device)  # noqa: E731 [N, T]
+            loss, metrics = tgrl_loss(
+                logp, column("behavior_logp"), batch.mask, batch.advantages, batch.is_expert, batch.expert_ok,
+                token_shares(batch.mask, "dapo" if cfg.token_mean else "grpo", n_trajectories, n_tokens),
+                sharpness=self.cfg.sharpness, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
+                kl_coef=cfg.kl_coef, ref_logp=column("ref_logp") if cfg.kl_coef else None,
+            )  # fmt: skip
+            (loss * self.world).backward()  # shares are of all processes, but sharded gradients are averaged over them
             tally.add(**metrics)
         norm = float(whole(nn.utils.clip_grad_norm_(self.policy.parameters(), cfg.max_grad_norm)))
         useful = at_stake > 0 or cfg.kl_coef > 0  # without any advantage, only weight decay and momentum would move
@@ -1488,14 +1429,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         tally.add(grad_norm=(norm, 1), skipped_nonfinite=(not math.isfinite(norm), 1), skipped_no_signal=(not useful, 1))
 
-    # show
-
     def evaluate(self) -> tuple[float, int]:
         """Greedy accuracy on the held-out questions, as (right, of how many); each process takes its share of them."""
         mine, right = self.held_out[self.rank :: self.world], 0.0
         for part in batches(mine, self.cfg.generate_batch):
-            with naming_memory(f"evaluating {len(part)} questions at once", "--generate_batch or --max_pixels"):
-                answers = sample(self.actor, self.encoder, [self.encoder(p) for p in part], 1, temperature=0)
+            answers = sample(self.actor, self.encoder, [self.encoder(p) for p in part], 1, temperature=0)
             right += sum(grade(ids, p, self.encoder).reward for p, (ids,) in zip(part, answers))
         return right, len(mine)
 
@@ -1509,8 +1447,8 @@ class Trainer:
                 images.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
             logp, behavior_logp = (pad([getattr(t, name) for t in group.trajectories]) for name in ("logp", "behavior_logp"))  # [G, T]
             pair = logp, behavior_logp, batch.mask
-            weight = torch.ones_like(logp) if self.sharpness is None else expert_weights(*pair, self.sharpness)
-            coefficient = unified_coefficient(*pair, batch.is_expert, batch.expert_ok, self.sharpness)
+            weight = torch.ones_like(logp) if self.cfg.sharpness is None else expert_weights(*pair, self.cfg.sharpness)
+            coefficient = unified_coefficient(*pair, batch.is_expert, batch.expert_ok, self.cfg.sharpness)
             numbers = dict(logp=logp, behavior_logp=behavior_logp, weight=weight, coefficient=coefficient)
             answers = [
                 dict(text=t.text, reward=t.reward, advantage=t.advantage, source=t.source, finished=t.finished)
@@ -1528,23 +1466,20 @@ class Trainer:
 
     def write(self, name: str, record: dict):
         if self.main:
-            with open(Path(self.cfg.out, name), "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_records(Path(self.cfg.out, name), [record])
 
     def report(self, step: int, tally: Tally):
         """One record a step: to metrics.jsonl, to the tracker, and the gist of it to the terminal."""
-        names = list(tally)
-        sums = self.total(*(tally[name][0] for name in names), *(tally[name][1] for name in names))
-        pairs = zip(names, sums[: len(names)], sums[len(names) :])
+        sums = self.total(*itertools.chain(*tally.values()))
+        pairs = zip(tally, sums[::2], sums[1::2])
         metrics = {"step": step} | {name: value / count if count and math.isfinite(value) else None for name, value, count in pairs}
         self.write("metrics.jsonl", metrics)
         self.accelerator.log({name: value for name, value in metrics.items() if value is not None}, step=step)
         gist = dict(accuracy="held-out {:.1%}", reward="reward {:.3f}", expert_reward="expert {:.2f}", contrast="contrast {:.0%}",
                     entropy="entropy {:.3f}", grad_norm="grad {:.2f}", answer_tokens="tokens {:.0f}", seconds="{:.1f} s")  # fmt: skip
-        say("  ".join([f"step {step:>3}/{self.steps}", *(text.format(metrics[n]) for n, text in gist.items() if metrics.get(n) is not None)]))
+        known = [text.format(metrics[name]) for name, text in gist.items() if metrics.get(name) is not None]
+        say("  ".join([f"step {step:>3}/{self.steps}", *known]))
         return metrics
-
-    # keep
 
     def state(self) -> dict:
         weights, optimizer = get_state_dict(self.policy, self.optimizer)
@@ -1586,24 +1521,21 @@ class Trainer:
         folders = sorted(self.checkpoints.glob("??????"))
         return f"{folders[-1]} is whole; continue from it with --resume" if folders else "There is no checkpoint to continue from"
 
-    def attempt(self, folder: Path, job):
-        """What the job returns; None, on all processes, if it fails on one."""
-        try:
-            result, failed = job(), False
-        except (Exception, CheckpointException) as error:  # the latter is no Exception
-            result, failed = None, True
-            tqdm.write(f"{folder} is damaged, or of another model, and passed over: {type(error).__name__} {str(error)[:200]}")
-        return None if self.total(failed)[0] else result
-
     def load_checkpoint(self) -> int:
         """Continue from the newest whole checkpoint, on as many processes as there are now; -> the step to do next."""
         step, folders = 0, sorted(self.checkpoints.glob("??????"), reverse=True)
         for folder in folders:
-            mine, state = folder / f"random-{self.rank}.safetensors", self.state()  # without a file: a process more than there were
-            small = self.attempt(folder, lambda: (json.loads((folder / "run.json").read_text()), load_file(mine) if mine.exists() else self.random_state()))
-            if not (small and self.attempt(folder, lambda: dcp.load(state, checkpoint_id=folder) or True)):
+            mine, state = folder / f"random-{self.rank}.safetensors", self.state()
+            try:
+                dcp.load(state, checkpoint_id=folder)  # fails on all processes, if on one
+                run = json.loads((folder / "run.json").read_text())
+                random_state = load_file(mine) if mine.exists() else self.random_state()  # without: a process more than there were
+                failed = False
+            except (Exception, CheckpointException) as error:  # the latter is no Exception
+                tqdm.write(f"{folder} is damaged, or of another model, and passed over: {type(error).__name__} {str(error)[:200]}")
+                failed = True
+            if self.total(failed)[0]:
                 continue
-            run, random_state = small
             set_state_dict(self.policy, self.optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizer"])
             for group in self.optimizer.param_groups:  # --lr may be another now
                 group.update(lr=self.cfg.lr, weight_decay=self.cfg.weight_decay)
@@ -1623,8 +1555,6 @@ class Trainer:
                 path.with_suffix(".tmp").rename(path)
         self.accelerator.wait_for_everyone()
         return step
-
-    # the loop
 
     def header(self) -> dict:
         """The first record of metrics.jsonl: what the numbers below it depend on."""
@@ -1648,10 +1578,11 @@ class Trainer:
         say(f"dry run: {self.steps} steps; the longest question has {len(prompt.ids)} tokens, the longest answer may have {cfg.max_answer}")
         self.refresh_actor()
         start = time.perf_counter()
-        answers = self.sample(endless, [prompt] * at_once)[0]
+        answers = sample(self.actor, endless, [prompt] * at_once, cfg.n_on)[0]
         sampled, sampling_peak = time.perf_counter(), peak_memory()
-        answers = [Trajectory(ids, "", 1.0, advantage=(-1.0) ** i) for i, ids in zip(range(cfg.n_on + cfg.n_off), itertools.cycle(answers))]
-        groups = [Group(problem, prompt, answers)] * cfg.micro_batch
+        answers += [max([answers[0], *(t.ids for some in self.experts.values() for t in some)], key=len)] * cfg.n_off
+        trajectories = [Trajectory(ids, "", 1.0, advantage=(-1.0) ** i) for i, ids in enumerate(answers)]
+        groups = [Group(problem, prompt, trajectories)] * cfg.micro_batch
         self.set_log_probs(groups)
         self.update(groups, Tally())
         updated = time.perf_counter()
@@ -1674,6 +1605,12 @@ class Trainer:
         if self.main and (step % self.cfg.show_every == 0 or step == self.steps - 1):
             self.show(step, groups[:4])
 
+    def stop(self, number, _):
+        """Ctrl-C, or a scheduler's SIGTERM, is looked at between steps; a second one stops at once."""
+        self.stopping = True
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step; once more to stop at once\n" * self.main)
+
     def fit(self) -> dict:
         cfg = self.cfg
         if cfg.dry_run:
@@ -1686,14 +1623,17 @@ class Trainer:
         if first == 0:
             self.write("metrics.jsonl", self.header())
         self.accelerator.init_trackers("tgrl", {name: value for name, value in dataclasses.asdict(cfg).items() if value is not None})
-        say(f"{cfg.method}: {self.steps} steps of {cfg.questions_per_rollout} questions, {cfg.n_on} + {cfg.n_off} answers to each, on {self.world} x {self.device.type}")
+        group = f"{cfg.n_on} + {cfg.n_off} answers to each"
+        say(f"{cfg.method}: {self.steps} steps of {cfg.questions_per_rollout} questions, {group}, on {self.world} x {self.device.type}")
         bar = tqdm(total=self.steps, desc=cfg.method, unit="step", initial=first, disable=None if self.main else True)
-        with bar, stop_requests() as requests:
+        with bar, contextlib.ExitStack() as undo:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                undo.callback(signal.signal, number, signal.signal(number, self.stop))
             for step in range(first, self.steps + 1):
                 self.refresh_actor()
-                if not math.isfinite(self.weight_norm()):
+                if not whole(nn.utils.get_total_norm([p.detach() for p in self.policy.parameters()])).isfinite():
                     raise BadInput(f"before step {step} the weights are not finite. {self.advice()}, and a lower --lr")
-                leave = self.total(len(requests))[0] > 0
+                leave = self.total(self.stopping)[0] > 0
                 if cfg.save_every and step > first and (step % cfg.save_every == 0 or step == self.steps or leave):
                     self.save_checkpoint(step)
                 if leave:
@@ -1769,10 +1709,12 @@ def toy_processor(instruction: str):
 def tiny_model(tokenizer, hidden: int = 128, layers: int = 3, vision_layers: int = 2, text=(), vision=(), tied: bool = True):
     """The real Qwen2.5-VL classes with a small configuration and random weights."""
     shape = dict(hidden_size=hidden, intermediate_size=2 * hidden, initializer_range=0.06)
-    text = dict(**shape, vocab_size=len(tokenizer), num_hidden_layers=layers, num_attention_heads=hidden // 32, num_key_value_heads=max(1, hidden // 64),
-                rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]), max_position_embeddings=4096,
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])
+    text = dict(**shape, vocab_size=len(tokenizer), num_hidden_layers=layers, rope_parameters=rope, max_position_embeddings=4096,
+                num_attention_heads=hidden // 32, num_key_value_heads=max(1, hidden // 64),
                 bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id) | dict(text)  # fmt: skip
-    vision = dict(**shape, depth=vision_layers, num_heads=hidden // 32, out_hidden_size=hidden, fullatt_block_indexes=[vision_layers - 1]) | dict(vision)
+    vision = dict(**shape, depth=vision_layers, num_heads=hidden // 32, out_hidden_size=hidden,
+                  fullatt_block_indexes=[vision_layers - 1]) | dict(vision)  # fmt: skip
     names = dict(image="image_pad", video="video_pad", vision_start="vision_start", vision_end="vision_end")
     tokens = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()}
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **tokens))
@@ -1811,8 +1753,6 @@ def teach(policy: Policy, encoder: Encoder, pool: list, p_right: float, steps: i
 
 def toy_world(folder: Path, cfg: Config):
     """Questions as parquet files, and an expert and a student that share one warmed-up base; made once, then kept."""
-    import datasets
-
     datasets.disable_progress_bars()
     if folder.exists():
         return
@@ -1837,6 +1777,8 @@ def toy_world(folder: Path, cfg: Config):
 
 def toy(cfg: Config):
     """Warm up two models, sample experts (or, with --experts self, do not), train without and with them, and compare on held-out pictures."""
+    if cfg.dry_run:
+        raise BadInput("--dry_run is for train")
     out, start = Path(cfg.out), time.perf_counter()
     world = out / "world"
     toy_world(world, cfg)

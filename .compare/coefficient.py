@@ -25,16 +25,15 @@ def real_tokens(toy: Path):
     cfg = tgrl.Config(**tgrl.TOY | dict(model=f"{toy}/world/student"))
     model, processor = tgrl.load_model(cfg.model)
     encoder = tgrl.Encoder(processor, model, cfg)
-    cache = tgrl.read_cache(toy / "experts.jsonl", {}, encoder)
+    _, cache = tgrl.read_cache(toy / "experts.jsonl", {}, encoder)
     groups = []
     for problem in encoder.load(f"{toy}/world/train.parquet", "train"):
         groups += [tgrl.Group(problem, encoder(problem), cache[problem.id])] * (problem.id in cache)
-    logps = [logp for some in tgrl.score(tgrl.Policy(model, encoder.unwritable), groups, 16) for logp in some]
-    pairs = list(zip([t for group in groups for t in group.trajectories], logps))
+    tgrl.score(tgrl.Policy(model, encoder.unwritable), groups, 16, "logp")
     for reward in (1.0, 0.0):
-        answers, logps = zip(*((t, logp) for t, logp in pairs if t.reward == reward))
+        answers = [t for group in groups for t in group.trajectories if t.reward == reward]
         lengths = torch.tensor([len(t.ids) for t in answers])
-        yield tgrl.pad(logps), tgrl.pad([t.behavior_logp for t in answers]), torch.arange(lengths.max()) < lengths[:, None]
+        yield tgrl.pad([t.logp for t in answers]), tgrl.pad([t.behavior_logp for t in answers]), torch.arange(lengths.max()) < lengths[:, None]
 
 
 def main():

@@ -84,7 +84,7 @@ def main():
     encoder = tgrl.Encoder(processor, model, cfg)
     processor.image_processor.size = {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}
     questions, held_out = encoder.load(cfg.data, "train"), encoder.load(f"{world}/test.parquet", "train")
-    cache = tgrl.read_cache(arg.toy / "experts.jsonl", {}, encoder)
+    _, cache = tgrl.read_cache(arg.toy / "experts.jsonl", {}, encoder)
     experts = {question: [(t.ids, t.behavior_logp.tolist()) for t in some] for question, some in cache.items()}
 
     def row(problem):
