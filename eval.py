@@ -107,7 +107,8 @@ def number(text: str) -> float | None:
     """The only number in a text: 1,200 or -3.5 or 1/2, with words, a currency or a unit around it, but no formula."""
     text = re.sub(r"\\%|\^?\{?\\(?:circ|degree)\}?|\\approx", "", plain(text)).replace("−", "-")
     text = re.sub(r"(?<![\d.])(?<!\d )\\[dt]?frac\{(-?[\d.]+)\}\{([\d.]+)\}", r"\1/\2", text)
-    if len(text) > 100 or re.search(r"\bnot\b|\bpi\b|π|illion\b|thousand", text):
+    formula = r"\d ?[xyz]\b|\d/[a-z]\b|\b[a-z] ?[-+] ?\d"  # 3x, 1/n, n - 1
+    if len(text) > 100 or re.search(rf"\bnot\b|\bpi\b|π|illion\b|thousand|{formula}", text):
         return None
     value = r"(-? ?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:e[+-]?\d+)?)(?:/(\d+(?:\.\d+)?))?"
     found = re.fullmatch(rf"[a-zα-ωµå_ =:≈€£¥'\"(]*?{value}(?:[a-zα-ωµå %°'\"/.)](?:\^\{{?[23]\}}?|[²³])?)*", text)
@@ -300,6 +301,17 @@ def as_trained(model: str) -> dict:
     return {}
 
 
+def weights(model: str) -> str | None:
+    """What tells the weights in a folder from those of the next training there: a digest of sixteen places in each file."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            for i in range(16):
+                file.seek(i * path.stat().st_size // 16)
+                digest.update(file.read(1 << 20))
+    return digest.hexdigest()[:16] if Path(model).exists() else None  # a hub id says it all
+
+
 def read_benchmark(name: str, source: str, limit: int) -> list[dict]:
     """The rows; a folder may hold the benchmark's configuration, or its rows alone."""
     benchmark, failures = BENCHMARKS[name], []
@@ -312,6 +324,11 @@ def read_benchmark(name: str, source: str, limit: int) -> list[dict]:
     raise BadInput(f"{failures[0]}{advice * (source == benchmark.hub and name != 'toy')}")
 
 
+class Row(dict):
+    def __missing__(self, name: str):
+        raise BadInput(f"it has no column {name!r}")
+
+
 def load(name: str, source: str, cfg: tgrl.Config) -> list[tuple[tgrl.Problem | None, dict]]:
     """The questions, each with what its record says before it is answered; None: a row that cannot be read, which counts as wrong."""
     rows, root = read_benchmark(name, source, cfg.limit), tgrl.picture_root(source, cfg.image_root)
@@ -319,11 +336,11 @@ def load(name: str, source: str, cfg: tgrl.Config) -> list[tuple[tgrl.Problem | 
     def read(number, row):
         record = {"row": number, "by": {}}
         try:
-            item = {"choices": []} | BENCHMARKS[name].read(row)
+            item = {"choices": []} | BENCHMARKS[name].read(Row(row))
             record |= {key: item[key] for key in ("rule", "choices", "precision", "by", "together") if key in item}
             problem = dataclasses.replace(tgrl.read_problem(item, root), row=number)
         except Exception as error:  # a row may hold anything
-            reason = f"it has no column {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+            reason = str(error) if isinstance(error, BadInput) else f"{type(error).__name__} {error}"
             return None, record | {"error": reason, "extracted": [None] * cfg.samples, "correct": [False] * cfg.samples}
         answer = item["answer"] if isinstance(item["answer"], list) else problem.answer
         return problem, record | {"id": problem.id, "answer": answer}
@@ -352,7 +369,7 @@ def write_lines(path: Path, records: list[dict]):
 def begin(path: Path, header: dict, pairs: list) -> set[int]:
     """Open the file of a benchmark, or go on with it if it is of this same evaluation: -> the rows that are answered."""
     found, *records = (read_lines(path) if path.exists() else []) or [{}]
-    if records:
+    if records or (found and "tgrl_eval" not in found):
         check_same(path, found, header)
     ids, answered = {record["row"]: record.get("id") for _, record in pairs}, [r for r in records if "texts" in r]
     for r in answered:
@@ -375,7 +392,7 @@ def evaluate(path: Path, items: list, done: set[int], encoder: tgrl.Encoder, mod
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     with tgrl.tqdm(total=sum(map(len, mine)), unit="question", desc=path.stem, disable=None if main else True) as bar:
         for part in mine:
-            tgrl.set_seed(cfg.seed + part[0][0].row)
+            torch.manual_seed(hash((cfg.seed, part[0][0].row)))
             start = time.perf_counter()
             answers = tgrl.sample(model, encoder, [encoder(p) for p, _ in part], cfg.samples, temperature)
             seconds, lines = round((time.perf_counter() - start) / len(part), 3), []
@@ -393,6 +410,7 @@ def regrade(out: Path):
     for name, (header, records) in evaluations(out).items():
         judged = {row: record | judge(record["texts"], record) if "texts" in record else record for row, record in records.items()}
         changed = [row for row in records if records[row]["correct"] != judged[row]["correct"]]
+        header["versions"]["math-verify"] = importlib.metadata.version("math-verify")
         write_lines(out / f"{name}.jsonl", [header, *judged.values()])
         print(f"{name}: {len(changed)} of {len(records)} verdicts changed" + f": rows {changed[:20]}" * bool(changed))
     report(out)
@@ -400,6 +418,8 @@ def regrade(out: Path):
 
 def run(model: str, benchmarks: list[str], out: Path, temperature: float = 0.0, rescore: bool = False, **options):
     """Benchmarks of a model into OUT, a file each; then the report on everything that OUT holds."""
+    if rescore and model:
+        raise BadInput("--rescore grades what is recorded in --out again; give it that, and no model")
     if rescore:
         return regrade(out)
     if not benchmarks:
@@ -421,7 +441,7 @@ def run(model: str, benchmarks: list[str], out: Path, temperature: float = 0.0, 
     net, processor = tgrl.load_model(model, torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32)
     encoder, net = tgrl.Encoder(processor, net, cfg), net.to(accelerator.device)
     place = lambda source: str(Path(source).resolve()) if Path(source).exists() else source  # noqa: E731
-    asked = {"model": place(model), "temperature": temperature, "dtype": str(net.dtype)}
+    asked = {"model": place(model), "weights": weights(model), "temperature": temperature, "dtype": str(net.dtype)}
     asked |= {key: getattr(cfg, key) for key in ("samples", "seed", *ASKED)}
     done = {}
     if accelerator.is_main_process:
@@ -429,7 +449,7 @@ def run(model: str, benchmarks: list[str], out: Path, temperature: float = 0.0, 
         for name, (header, _) in evaluations(out, empty=True).items():
             check_same(out / f"{name}.jsonl", header, asked)
         for name, pairs in loaded.items():
-            header = {"tgrl_eval": name, "source": place(sources[name]), "rows": len(pairs), **asked}
+            header = {"tgrl_eval": name, "source": place(sources[name]), "rows": len(pairs), "limit": cfg.limit, **asked}
             done[name] = begin(out / f"{name}.jsonl", header, pairs)
     [done] = broadcast_object_list([done])
     for name, pairs in loaded.items():
@@ -445,7 +465,7 @@ def run(model: str, benchmarks: list[str], out: Path, temperature: float = 0.0, 
 def evaluations(out: Path, empty: bool = False) -> dict[str, tuple[dict, dict[int, dict]]]:
     """Benchmark -> (header, records by row) of what `run` wrote into a folder."""
     files = {name: read_lines(out / f"{name}.jsonl") for name in BENCHMARKS if (out / f"{name}.jsonl").is_file()}
-    found = {name: (lines[0], {record["row"]: record for record in lines[1:]}) for name, lines in files.items() if len(lines) > 1}
+    found = {name: (lines[0], {record["row"]: record for record in lines[1:]}) for name, lines in files.items() if len(lines) > 1 and "tgrl_eval" in lines[0]}
     if not found and not empty:
         raise BadInput(f"{out} holds no evaluation; give the --out of `eval.py run`")
     return found
@@ -485,7 +505,7 @@ def summarize(header: dict, records: dict[int, dict]) -> dict:
     for (kind, _), some in together.items():  # right together is right in all of them
         groups[kind].append({"correct": [all(column) for column in zip(*some)]})
     return score(records) | {
-        "of": header["rows"], "model": header["model"], "samples": header["samples"],
+        "of": header["rows"], "limit": header.get("limit"), "model": header["model"], "samples": header["samples"],
         "unreadable": sum("error" in r for r in records),
         "no answer found": sum(said is None for r in records if "error" not in r for said in r["extracted"]),
         "cut off": sum(not done for r in records for done in r.get("finished", [])),
@@ -505,14 +525,14 @@ def report(out: Path):
     summaries = {name: summarize(*some) for name, some in found.items()}
     print(f"\n{'':35} rows accuracy   95 % interval")
     for name, s in summaries.items():
-        print(told(name, s) + f"   NOT FINISHED, of {s['of']} rows" * (s["rows"] < s["of"]))
+        print(told(name, s) + f"   NOT FINISHED, of {s['of']} rows" * (s["rows"] < s["of"]) + "   ONLY THE FIRST ROWS" * bool(s["limit"]))
         for group, some in s["by"].items():
             print(told(f"  {group}"[:34], some))
         print(f"  no answer found in {s['no answer found']}, cut off {s['cut off']}")
     for name, (_, records) in found.items():
         left_out = [(row, record["error"]) for row, record in records.items() if "error" in record]
         tgrl.report_left_out(out / f"{name}.jsonl", left_out, len(records), fate="unreadable, counted as wrong")
-    finished = {name: 100 * s["accuracy"] for name, s in summaries.items() if s["rows"] == s["of"]}
+    finished = {name: 100 * s["accuracy"] for name, s in summaries.items() if s["rows"] == s["of"] and not s["limit"]}
     here = [finished.get(name, math.nan) for name in FIVE]
     if any(name in summaries for name in FIVE):
         print(f"\n{'in %':22}" + "".join(f"{name:>16}" for name in FIVE) + f"{'average':>10}")
@@ -577,7 +597,8 @@ def compare(a: Path, b: Path, flips: int):
             print(f"    take care: {len(records)} and {len(others)} rows, {len(rows)} in both" + "".join(f"; another {key}" for key in different))
     shown = {}
     for which, out, found in (("A", a, first), ("B", b, second)):
-        shown[f"{which}: {out.resolve().name}"] = {name: summarize(*found[name]) for name in names}
+        both = {name: {row: found[name][1][row] for row in first[name][1] if row in second[name][1]} for name in names}
+        shown[f"{which}: {out.resolve().name}"] = {name: summarize(found[name][0], both[name]) for name in names}
     draw_bars(shown, b / "compare.png")
     print(f"\nwrote {os.path.relpath(b / 'compare.png')}")
 
@@ -745,6 +766,7 @@ def build(name: str):
     if need > free:
         memory = f"{need / 2**30:.0f} GiB with gradients and Adam's moments, and {free / 2**30:.0f} GiB are free here"
         raise BadInput(f"{name} has {parameters / 1e9:.2f} billion parameters: {memory}")
+    torch.manual_seed(0)
     with torch.device("cuda" if cuda else "cpu"):
         return tgrl.tiny_model(processor.tokenizer, **SHAPES[name]), processor
 
@@ -832,11 +854,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     known = f"Benchmarks: {', '.join(BENCHMARKS)}. NAME=PATH takes rows of the same columns from a parquet or JSONL file, or a folder."
-    verb = verbs.add_parser("run", help="benchmarks of a model", description=known)
+    usage = "eval.py run MODEL NAME[=PATH] ... [--option value ...]"
+    verb = verbs.add_parser("run", usage=usage, help="benchmarks of a model", description=known)
     verb.set_defaults(do=run)
     verb.add_argument("model", nargs="?", metavar="MODEL", help="hub id or folder; one in the folder of a training is asked as it was trained")
     verb.add_argument("benchmarks", nargs="*", metavar="NAME[=PATH]", help="what to answer")
-    verb.add_argument("--out", type=Path, default=Path("runs/eval"), help="folder of the records, to continue or to begin (default: runs/eval)")
+    verb.add_argument("--out", type=Path, default=Path("runs/eval"), help="folder of the records, begun or continued (default: runs/eval)")
     verb.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer (default: 0)")
     verb.add_argument("--samples", type=int, default=argparse.SUPPRESS, metavar="int", help="answers a question, for mean@k and pass@k (default: 1)")
     verb.add_argument("--rescore", action="store_true", help="only grade the recorded answers in --out again, without a model")
@@ -851,10 +874,11 @@ def main():
     verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that `tgrl.py train --out` wrote")
     verb = verbs.add_parser("bench", help="what a step costs here, with random weights")
     verb.set_defaults(do=bench)
-    verb.add_argument("--model", default="small", help="toy, small (hidden 256, 6 + 6 blocks), 3B, 7B, or a hub id or folder; default small")
-    shape = dict(questions=4, answers=8, tokens=64, pixels=448, micro_batch=4, repeats=5)
-    for name, default in shape.items():
-        verb.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}")
+    verb.add_argument("--model", default="small", help="toy, small (hidden 256, 6 + 6 blocks), 3B, 7B, or a hub id or folder (default: small)")
+    shape = dict(questions=(4, "of each process"), answers=(8, "to each question"), tokens=(64, "of each answer"), pixels=(448, "side of the pictures"),
+                 micro_batch=(4, "questions at once"), repeats=(5, "after one to warm up"))  # fmt: skip
+    for name, (default, text) in shape.items():
+        verb.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     verb.add_argument("--separate_rows", action=argparse.BooleanOptionalAction, default=True, help="also the update with a row for each answer")
     options = vars(parser.parse_args())
     try:
@@ -862,7 +886,7 @@ def main():
     except (BadInput, OSError) as error:
         sys.exit(f"eval.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("eval.py: stopped; the same command continues")
+        sys.exit("eval.py: stopped; `run` continues where it was")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -986,13 +987,13 @@ def test_gradient_does_not_depend_on_the_split(world, algorithm):
 
 
 def test_rollout_log_probs_are_training_log_probs(world):
-    """What generate sampled from, recorded by a processor behind ours, against Policy on the same answers."""
+    """What generate sampled from, recorded by a processor of its own, against Policy on the same answers."""
     group = make_groups(world, 1)[0]
     seen, real = [], world.model.generate
 
-    def generate(*args, logits_processor, **kwargs):
+    def generate(*args, **kwargs):
         record = lambda _, scores: seen.append(scores.log_softmax(-1)) or scores  # noqa: E731
-        return real(*args, logits_processor=[*logits_processor, record], **kwargs)
+        return real(*args, logits_processor=[record], **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world.model, "generate", generate)
@@ -1180,7 +1181,7 @@ def test_unusable_sources_say_why(tmp_path, world, capsys):
     (tmp_path / "d.jsonl").write_text('{"problem": "Short?", "answer": "1"}\n' + json.dumps({"problem": "Long? " * 99, "answer": "1"}))
     some = tgrl.Encoder(world.processor, world.model, dataclasses.replace(world.cfg, max_prompt=60))
     assert len(some.load(str(tmp_path / "d.jsonl"), "train")) == 1
-    assert "1 of 2 usable questions left out" in capsys.readouterr().out
+    assert "1 of 2 usable rows left out\n  longer than --max_prompt 60 tokens: row 1" in capsys.readouterr().out
 
 
 # ===== Experts and training: the commands, as a user starts them =======================================================
@@ -1809,12 +1810,12 @@ def test_weights_that_are_not_finite_stop_the_run(folder, tmp_path):
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo"])
 def test_a_dry_run_tries_the_largest_and_writes_nothing(folder, tmp_path, capsys, monkeypatch, algorithm):
     monkeypatch.setattr(tgrl.Encoder, "ends", property(lambda self: list(range(20, 300)), lambda self, ends: None), raising=False)  # answers want to end at once
-    trainer = tgrl.Trainer(folder.config(out=str(tmp_path / "out"), dry_run=True, algorithm=algorithm))
+    trainer = tgrl.Trainer(folder.config(out=str(tmp_path / "out"), dry_run=True, algorithm=algorithm, val_data=folder.options["data"]))
     sizes, update = [], trainer.update
     trainer.update = lambda groups, tally: sizes.append([len(t.ids) for g in groups for t in g.trajectories]) or update(groups, tally)
     trainer.fit()
     said = capsys.readouterr().out
-    assert sizes == [[8, 8, 8, 8]] and not (tmp_path / "out").exists()
+    assert sizes == [[8, 8, 8, 8]] and len(set(map(id, trainer.held_out))) == 1 and len(trainer.held_out) == 12 and not (tmp_path / "out").exists()
     assert "sampling 12 answers at once" in said and "scoring and updating on 1 groups at once" in said and "GiB" in said and "These fit." in said
     longest = tgrl.Trajectory([20] * 30, "", 1.0, "expert")
     trainer.experts = {"other": [longest]}
@@ -1878,11 +1879,12 @@ def test_a_run_continues_on_more_and_on_fewer_processes_and_past_a_damaged_check
     assert [r["step"] for r in read_metrics(tmp_path)[1:]] == list(range(7))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["000004", "000006"]  # the last two are kept
     damaged = tmp_path / "checkpoints" / "000006"
-    next(damaged.glob("*.distcp")).write_bytes(b"")
-    assert "000006 is damaged, or of another model" in torchrun(1, "fit", options).said
+    next(damaged.glob("__3_*.distcp")).write_bytes(b"")
+    said = torchrun(2, "fit", options).said
+    assert said.count("000006 is damaged, or of another model") == 1 and "continues with step 4" in said
     assert [r["step"] for r in read_metrics(tmp_path)[1:]] == list(range(7))
     for folder in (tmp_path / "checkpoints").iterdir():
-        (folder / "run.json").write_text("{")
+        next(folder.glob("*.distcp")).write_bytes(b"")
     with pytest.raises(BadInput, match="nothing whole to continue from"):
         tgrl.Trainer(Config(**options)).fit()
 
@@ -1890,8 +1892,10 @@ def test_a_run_continues_on_more_and_on_fewer_processes_and_past_a_damaged_check
 def test_a_kill_during_the_first_checkpoint_costs_only_the_steps_before_it(folder, tmp_path):
     (tmp_path / "checkpoints" / "000002.tmp").mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_text('{"config": {}}\n{"step": 0}\n{"st')
-    assert tgrl.Trainer(folder.config(out=str(tmp_path), resume=True)).load_checkpoint() == 0
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    trainer = tgrl.Trainer(folder.config(out=str(tmp_path), resume=True))
+    assert trainer.load_checkpoint() == 0
+    trainer.begin_records(0)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1 and (tmp_path / "groups.jsonl").read_text() == ""
 
 
 # ===== The command line, the README, the shape of the file =============================================================
@@ -1925,9 +1929,10 @@ def test_bad_options_are_explained(argv, words):
         tgrl.parse(argv)
 
 
-def test_a_toy_has_no_dry_run(tmp_path):
-    with pytest.raises(BadInput, match="--dry_run is for train"):
-        tgrl.toy(Config(**tgrl.TOY | dict(out=str(tmp_path / "toy"), dry_run=True)))
+def test_only_a_training_has_a_dry_run(tmp_path):
+    for command in (tgrl.toy, tgrl.make_experts):
+        with pytest.raises(BadInput, match="--dry_run is for train"):
+            command(Config(**tgrl.TOY | dict(out=str(tmp_path / "toy"), dry_run=True)))
     assert not list(tmp_path.iterdir())
 
 
@@ -1946,6 +1951,9 @@ def test_a_run_goes_on_at_another_learning_rate_but_not_backwards(folder, tmp_pa
     tgrl.Trainer(folder.config(**options)).fit()
     trainer = tgrl.Trainer(folder.config(**options | dict(lr=1e-5, resume=True)))
     assert trainer.load_checkpoint() == 2 and {g["lr"] for g in trainer.optimizer.param_groups} == {1e-5}
+    trainer.begin_records(2)
+    header, *steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert header["config"]["lr"] == 1e-5 and [record["step"] for record in steps] == [0, 1]
     with pytest.raises(BadInput, match="at step 2 already, and this run has 1"):
         tgrl.Trainer(folder.config(**options | dict(steps=1, resume=True))).fit()
 
@@ -2014,7 +2022,7 @@ WRONG = {
     "choice times": r"a.m.|A  p.m.|B  2 a.m.|A",
     "yes_or_no": r"yes|no  no|yes  yes or no|yes  yes or no|no  maybe|yes  nothing|no  yesterday|yes  I do not know|no  1|yes  true|yes  |no",
     "rounded 0": r"""
-        12|13  11.99|12  twelve|12  12 or 13|12  |12  -3|3  1/0|1  12:30|12  3x|30  1,20|120  inf|1  12 13|12  x|0  1\frac{1}{2}|5  10^3|10  5^2|5  9^x|9  √2|2  5\pi|5  5½|5
+        12|13  11.99|12  twelve|12  12 or 13|12  |12  -3|3  1/0|1  12:30|12  3x|30  3x|3  5x^2|5  1/n|1  n-1|-1  1,20|120  inf|1  12 13|12  x|0  1\frac{1}{2}|5  10^3|10  5^2|5  9^x|9  √2|2  5\pi|5  5½|5
         10⁶|10  5!|5  \$2 million|2  not 5|5  5^{2}|5""",
     "rounded 1": r"1.3|1.2  1.26|1.2  1.1|1.2  12|1.2  one|1.2  1.2 or 1.3|1.2  |1.2  -1.2|1.2  1.2.3|1.2  0|1.2  1/0|1.2  1\frac{1}{2}|5.5  1.2 \times 10|1.2",
     "numbers": r"[8, 0]|[0, 8]  0|[0, 8]  [0, 8, 9]|[0, 8]  [0, 80]|[0, 8]  |[0, 8]  none|[0, 8]  [1, 2]|[-1, 2]  [0 8 8]|[0, 8]  08|[0, 8]  0/8|[0, 8]  0:8|[0, 8]  2-3|[2, -3]  []|[0]",
@@ -2284,6 +2292,12 @@ def test_evaluation_says_what_is_wrong(benchmarks, folder, tmp_path):
             evaluation.run(who, names, **dict(out=tmp_path) | options)
     with pytest.raises(BadInput, match="holds no evaluation"):
         evaluation.regrade(tmp_path)
+    with pytest.raises(BadInput, match="give it that, and no model"):
+        evaluation.run(model, [name], tmp_path, rescore=True)
+    (tmp_path / "problems.jsonl").write_text(questions := '{"problem": "Why?", "answer": "1"}\n')
+    with pytest.raises(BadInput, match="problems.jsonl is of another evaluation"):  # data in the --out folder
+        evaluation.run(model, [f"problems={tmp_path}/problems.jsonl"], tmp_path)
+    assert (tmp_path / "problems.jsonl").read_text() == questions
     error = run_eval("run", model, "mathsvista", fails=True)
     assert error.startswith("eval.py: there is no benchmark") and "Traceback" not in error
 
@@ -2308,15 +2322,24 @@ def test_what_changes_between_two_starts(folder, tmp_path):
     Image.open(io.BytesIO(make_problem(7).images[0])).save(tmp_path / "missing.png")
     start()
     assert score()["rows"] == 4 and score()["unreadable"] == 0 and score()["by"]["fAcc"]["rows"] == 3
+    said = run_eval("run", folder.path / "model", f"hallusionbench={tmp_path}/h.jsonl", "--out", tmp_path / "two", "--limit", 2, *EVAL)
+    assert re.search(r"hallusionbench +2 .*ONLY THE FIRST ROWS", said)
     Image.open(io.BytesIO(make_problem(8).images[0])).save(tmp_path / "1.png")
     with pytest.raises(BadInput, match="row 1 of .* was another question"):
         start()
-    path = tmp_path / "out" / "hallusionbench.jsonl"
+    model = shutil.copytree(folder.path / "model", tmp_path / "model")
+    start = lambda: evaluation.run(str(model), [f"hallusionbench={tmp_path}/h.jsonl"], tmp_path / "trained", min_pixels=784, max_pixels=12544, max_answer=4)  # noqa: E731
+    start()
+    state = load_file(model / "model.safetensors")
+    save_file({key: value + 1e-3 for key, value in state.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match="another evaluation: weights is"):  # of a training that went on
+        start()
+    path = tmp_path / "trained" / "hallusionbench.jsonl"
     path.write_text(path.read_text().split("\n")[0][:100])  # killed while it wrote its first line
     start()
     path.write_text(path.read_text().split("\n")[0] + "\n")
     with pytest.raises(BadInput, match="holds no evaluation"):  # a header alone, as a crash in the first batch leaves it
-        evaluation.report(tmp_path / "out")
+        evaluation.report(tmp_path / "trained")
 
 
 def test_bench_tells_what_a_step_costs():

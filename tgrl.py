@@ -61,10 +61,9 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import InitProcessGroupKwargs, send_to_device
 from PIL import Image, ImageDraw
 from qwen_vl_utils import fetch_image, smart_resize
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -473,6 +472,12 @@ def naming_memory(what: str, lower: str):
         raise BadInput(f"out of memory in {what}; lower {lower}\n{str(error).splitlines()[0]}") from error
 
 
+def start_processes(**options) -> Accelerator:
+    """Device, process group and reductions. While one process samples, others wait: longer than the usual ten minutes."""
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience], **options)
+
+
 @dataclass
 class Problem:
     id: str  # a hash of the content, so that a cache of answers survives reordering and subsets
@@ -600,15 +605,15 @@ def load_problems(source: str, split: str = "train", image_root: str = "", limit
 @dataclass
 class Prompt:
     ids: Tensor  # [P] each picture expanded to its image tokens
-    positions: Tensor  # [3, P] time, height, width
+    positions: Tensor  # [P, 3] time, height, width
     pixels: Tensor | None  # [patches, 3 * 2 * 14 * 14]
     grid: Tensor | None  # [pictures, 3]
 
     def followed_by(self, ids: list[int]) -> "Prompt":
         """The same with the beginning of an answer behind it, where positions go on by one a token."""
-        places = self.positions[:, -1:] + torch.arange(1, len(ids) + 1)  # [3, T]
+        places = self.positions[-1] + torch.arange(1, len(ids) + 1)[:, None]  # [T, 3]
         ids = torch.cat([self.ids, torch.tensor(ids, dtype=torch.long)])
-        return dataclasses.replace(self, ids=ids, positions=torch.cat([self.positions, places], 1))
+        return dataclasses.replace(self, ids=ids, positions=torch.cat([self.positions, places]))
 
 
 class Encoder:
@@ -658,14 +663,14 @@ class Encoder:
         ids, grid = inputs["input_ids"], inputs.get("image_grid_thw")
         # Without mm_token_type_ids the model would silently number the picture's tokens as if they were text.
         positions, _ = self.rope_index(ids, mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=grid)
-        return Prompt(ids[0], positions[:, 0], inputs.get("pixel_values"), grid)
+        return Prompt(ids[0], positions[:, 0].T, inputs.get("pixel_values"), grid)
 
     def load(self, source: str, split: str) -> list[Problem]:
         """The questions that can be used and are not too long. A prompt with a picture is never cut."""
         problems = load_problems(source, split, self.cfg.image_root, self.cfg.limit)
         lengths, limit = [self.length(problem) for problem in problems], self.cfg.max_prompt
         reason = f"longer than --max_prompt {limit} tokens"
-        report_left_out(source, [(i, reason) for i, n in enumerate(lengths) if n > limit], len(lengths), "usable question")
+        report_left_out(source, [(p.row, reason) for p, n in zip(problems, lengths) if n > limit], len(problems), "usable row", "row")
         kept = [problem for problem, n in zip(problems, lengths) if n <= limit]
         if not kept:
             raise BadInput(f"{source}: every question is {reason}; raise it, or lower --max_pixels")
@@ -693,8 +698,11 @@ def load_model(name: str, dtype=torch.float32, **options):
 # ===== 5. A group is one row ==========================================================================================
 #
 #   row:       [ picture and question | answer 1 | answer 2 | ... | answer G ]      a group, laid out once
-#   segment:     0 0 0 0 0 0 0 0 0 0    1 1 1 1    2 2 2           G G G G
-#   position:    0 1 ...         p-1    p p+1 ..   p p+1 ..        p p+1 ..        p = where the question ended
+#   segment:     0 0 0 0 0 0 0 0 0      1 1 1 1    2 2 2           G G G G
+#   position:    0 1 ...       p-1      p p+1 ..   p p+1 ..        p p+1 ..
+#
+#   Each answer begins with the question's last token, at p, from which its first is predicted, and lacks its own last, from
+#   which nothing is: so the hidden states of segments 1 to G are those that predict the answers' tokens, in order.
 #
 #   mask:               question  answer 1  answer 2      A token sees what stands before it, if that is the question or
 #       question        causal       .         .          its own answer. To each answer it is as if the others were not
@@ -711,7 +719,7 @@ class Trajectory:
     finished: bool = True
     kept: bool = True  # the filter m: an expert's wrong answer has no weight
     advantage: float = 0.0
-    logp: Tensor | None = None  # [T] under the policy that is being trained
+    logp: Tensor | None = None  # [T] under the policy as it is now
     behavior_logp: Tensor | None = None  # [T] under whoever wrote it: pi_old or pi_phi
     ref_logp: Tensor | None = None  # [T]
 
@@ -721,92 +729,62 @@ class Trajectory:
 
 
 @dataclass
-class Rectification:
-    """How the policy made, or did not make, an expert's answer of a wrong one; see rectify."""
-
-    flawed: Trajectory
-    starts: list[int]  # of its steps
-    erosion: list[float]  # of each step
-    suspect: int  # the step that seems to have gone wrong
-    rounds: int = 0
-    cut: int = 0  # tokens kept in the last round
-    tail: list[int] | None = None  # what led to the right answer after them
-
-
-@dataclass
 class Group:
     problem: Problem
     prompt: Prompt
     trajectories: list[Trajectory]
-    rectification: Rectification | None = None
+    rectification: "Rectification | None" = None  # see localise
 
 
-@dataclass
-class Pack:
-    """Groups as tensors: first laid out in rows, then in trajectories; `origin` leads from one to the other."""
+class Pack(typing.NamedTuple):
+    """Groups as tensors: first laid out in rows, then in trajectories, in the order in which these stand in the rows."""
 
     ids: Tensor  # [R, L]
-    positions: Tensor  # [3, R, L]
-    segments: Tensor  # [R, L] 0 question, 1 to G answers, -1 padding
-    pixels: Tensor | None
-    grid: Tensor | None
+    positions: Tensor  # [R, L, 3]
+    segments: Tensor  # [R, L] 0 question, 1 to G answers, 0 padding, which nothing sees, as it stands last
+    pixels: Tensor
+    grid: Tensor
 
-    origin: Tensor  # [N, T] place in the flattened rows whose hidden state predicts this token
     target: Tensor  # [N, T]
     mask: Tensor  # [N, T] True: answer token, its end token included
     advantages: Tensor  # [N]
     is_expert: Tensor  # [N]
     expert_ok: Tensor  # [N]
 
-    def to(self, device) -> "Pack":
-        return Pack(**{name: x if x is None else x.to(device) for name, x in vars(self).items()})
 
-
-def pad(rows: list, value=0, multiple: int = 1) -> Tensor:
-    width = max(row.shape[-1] for row in rows)
-    width += -width % multiple
-    return torch.stack([F.pad(row, (0, width - row.shape[-1]), value=value) for row in rows], -2)
+pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)  # tensors [length, ...] -> [tensors, longest, ...], 0 at the end
 
 
 def pack(groups: list[Group]) -> Pack:
     """Lay out each group as one row (see the drawing); several groups are right-padded rows."""
-    ids, positions, segments, origins = [], [], [], []
+    ids, positions, segments = [], [], []
     for group in groups:
-        prompt, length = group.prompt, len(group.prompt.ids)
-        parts, places, owners = [prompt.ids], [prompt.positions], [torch.zeros_like(prompt.ids)]
-        for number, trajectory in enumerate(group.trajectories, 1):
-            inputs = torch.tensor(trajectory.ids[:-1], dtype=torch.long)  # nothing is predicted from the last token
-            steps = torch.arange(len(inputs))
-            parts.append(inputs)
-            places.append(prompt.positions[:, -1:] + 1 + steps)  # a picture takes fewer positions than tokens
-            owners.append(torch.full_like(inputs, number))
-            # the first token is predicted by the question's last, each other one by the token before it
-            origins.append((len(ids), torch.cat([torch.tensor([len(prompt.ids) - 1]), length + steps])))
-            length += len(inputs)
+        prompt, parts, places = group.prompt, [group.prompt.ids[:-1]], [group.prompt.positions[:-1]]
+        for trajectory in group.trajectories:
+            parts.append(torch.tensor([prompt.ids[-1], *trajectory.ids[:-1]]))
+            places.append(prompt.positions[-1] + torch.arange(len(trajectory.ids))[:, None])  # p: a picture has fewer places than tokens
         ids.append(torch.cat(parts))
-        positions.append(torch.cat(places, 1))
-        segments.append(torch.cat(owners))
-    rows = pad(ids, multiple=8)  # [R, L] a multiple of 8, which the fused attention kernels ask for
-    all_trajectories = [t for group in groups for t in group.trajectories]
-    lengths = torch.tensor([len(t.ids) for t in all_trajectories])
+        positions.append(torch.cat(places))
+        segments.append(torch.cat([torch.full_like(part, number) for number, part in enumerate(parts)]))
+    trajectories = [t for group in groups for t in group.trajectories]
+    # Without any picture a blank one is encoded and not used: sharded vision blocks must run on all processes or none.
     pictured = [group.prompt for group in groups if group.prompt.pixels is not None]
     return Pack(
-        ids=rows,
-        positions=pad(positions, multiple=8),
-        segments=pad(segments, -1, multiple=8),
-        pixels=torch.cat([p.pixels for p in pictured]) if pictured else None,
-        grid=torch.cat([p.grid for p in pictured]) if pictured else None,
-        origin=pad([row * rows.shape[1] + places for row, places in origins]),
-        target=pad([torch.tensor(t.ids) for t in all_trajectories]),
-        mask=torch.arange(lengths.max()) < lengths[:, None],
-        advantages=torch.tensor([t.advantage for t in all_trajectories]),
-        is_expert=torch.tensor([t.is_expert for t in all_trajectories]),
-        expert_ok=torch.tensor([t.kept for t in all_trajectories]),
+        ids=pad(ids),
+        positions=pad(positions),
+        segments=pad(segments),
+        pixels=torch.cat([p.pixels for p in pictured]) if pictured else torch.zeros(4, 3 * 2 * PATCH**2),
+        grid=torch.cat([p.grid for p in pictured]) if pictured else torch.tensor([[1, 2, 2]]),
+        target=pad([torch.tensor(t.ids) for t in trajectories]),
+        mask=pad([torch.ones(len(t.ids), dtype=torch.bool) for t in trajectories]),
+        advantages=torch.tensor([t.advantage for t in trajectories]),
+        is_expert=torch.tensor([t.is_expert for t in trajectories]),
+        expert_ok=torch.tensor([t.kept for t in trajectories]),
     )
 
 
 def attention_mask(segments: Tensor) -> Tensor:
-    """[R, L] -> [R, 1, L, L]: which tokens (last) each token sees. Padding sees itself, as a softmax over nothing is not defined."""
+    """[R, L] -> [R, 1, L, L]: which tokens (last) each token sees."""
     query, key = segments[:, :, None], segments[:, None, :]
     return ((key == 0) | (key == query)).tril()[:, None]
 
@@ -820,9 +798,6 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.register_buffer("unwritable", unwritable.to(model.device), persistent=False)
-        vision = model.config.vision_config
-        pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        self.register_buffer("blank", torch.zeros(vision.spatial_merge_size**2, pixels, device=model.device), persistent=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [tokens, D] -> [tokens, V], in float32."""
@@ -838,14 +813,11 @@ class Policy(nn.Module):
         """-> [tokens, D]: the hidden states that predict answer tokens, in the order of pack.target[pack.mask]."""
         core = self.model.model
         embeds = core.get_input_embeddings()(pack.ids)  # [R, L, D]
-        # Without any picture a blank one is encoded and not used: sharded vision blocks must run on all processes or none.
-        pixels, grid = (self.blank, pack.ids.new_tensor([[1, 2, 2]])) if pack.pixels is None else (pack.pixels, pack.grid)
-        features = torch.cat(core.get_image_features(pixels, grid, return_dict=True).pooler_output).to(embeds)  # [image tokens, D]
+        features = torch.cat(core.get_image_features(pack.pixels, pack.grid, return_dict=True).pooler_output).to(embeds)  # [image tokens, D]
         embeds = embeds.masked_scatter((pack.ids == self.model.config.image_token_id)[..., None], features)
-        mask = attention_mask(pack.segments)
-        output = core.language_model(inputs_embeds=embeds, position_ids=pack.positions, attention_mask=mask, use_cache=False)
-        hidden = output.last_hidden_state.flatten(0, 1)  # [R * L, D]
-        return hidden[pack.origin[pack.mask].to(hidden.device)]
+        inputs = dict(inputs_embeds=embeds, position_ids=pack.positions.movedim(-1, 0), attention_mask=attention_mask(pack.segments))
+        hidden = core.language_model(**inputs, use_cache=False).last_hidden_state  # [R, L, D]
+        return hidden[(pack.segments > 0).to(hidden.device)]
 
     def forward(self, pack: Pack) -> Tensor:
         """-> logp [N, T], 0 at padding."""
@@ -862,7 +834,7 @@ def score(policy: Policy, groups: list[Group], micro_batch: int, name: str):
     policy.eval()
     for part in batches(groups, micro_batch):
         trajectories = [t for group in part for t in group.trajectories]
-        for t, row in zip(trajectories, policy(pack(part).to(policy.blank.device)).cpu()):
+        for t, row in zip(trajectories, policy(send_to_device(pack(part), policy.unwritable.device)).cpu()):
             setattr(t, name, row[: len(t.ids)])
 
 
@@ -871,7 +843,7 @@ def score(policy: Policy, groups: list[Group], micro_batch: int, name: str):
 
 @naming_memory("sampling", "--generate_batch, --max_answer or --max_pixels")
 @torch.no_grad()
-def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: float = 1.0, chunk: int = 256,
+def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: float = 1.0, chunk: int = 32,
            logps: list | None = None) -> list[list[list[int]]]:  # fmt: skip
     """n answers to each prompt, as token ids up to and with the first end token, by the model's own generate.
 
@@ -881,31 +853,20 @@ def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: 
     """
     device, training = actor.device, actor.training
     ends, max_tokens = encoder.ends, encoder.cfg.max_answer
-    width = max(len(p.ids) for p in prompts)
-    left = lambda row: F.pad(row, (width - row.shape[-1], 0))  # noqa: E731
-    ids = torch.stack([left(p.ids) for p in prompts]).to(device)  # [B, P]
-    seen = torch.stack([left(torch.ones_like(p.ids)) for p in prompts]).to(device)  # [B, P]
-    positions = torch.stack([left(p.positions) for p in prompts], 1).to(device)  # [3, B, P]
+    left = lambda rows: pad(rows, padding_side="left").to(device)  # noqa: E731
+    ids = left([p.ids for p in prompts])  # [B, P]
+    seen = left([torch.ones_like(p.ids) for p in prompts])  # [B, P]
+    positions = left([p.positions for p in prompts]).movedim(-1, 0)  # [3, B, P]
     pictured = [p for p in prompts if p.pixels is not None]
     vision = dict(pixel_values=torch.cat([p.pixels for p in pictured]).to(device),
                   image_grid_thw=torch.cat([p.grid for p in pictured]).to(device)) if pictured else {}  # fmt: skip
 
     # generate fills whatever it is not told from the checkpoint's generation_config (repetition_penalty 1.05, top_k ...).
     # So the model gets one for the time being in which nothing is set but what is written here.
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    config = GenerationConfig(**sampling, use_cache=True, eos_token_id=ends, pad_token_id=ends[0], return_dict_in_generate=True)
+    sampling = SAMPLING | {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    config = GenerationConfig(**sampling, use_cache=True, eos_token_id=ends, pad_token_id=ends[0], suppress_tokens=encoder.unwritable.tolist(),
+                              return_dict_in_generate=True, output_scores=logps is not None)  # fmt: skip
     original, actor.generation_config = actor.generation_config, config
-    unwritable, end_ids = encoder.unwritable.to(device), torch.tensor(ends, device=device)
-    watched = []  # log-probs of a chunk: [rows, 1] a token; the last still [rows, V], as its token is not chosen yet
-
-    def forbid(ids, scores):
-        scores = scores.index_fill(-1, unwritable, -torch.inf)
-        if logps is not None:
-            if watched:  # now it is known which token was chosen last
-                watched[-1] = watched[-1].gather(1, ids[:, -1:])
-            watched.append(scores.float().log_softmax(-1))
-        return scores
-
     actor.eval()  # in training mode, gradient checkpointing would switch the cache off
     try:
         cache = DynamicCache(config=actor.config.get_text_config())
@@ -919,16 +880,15 @@ def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: 
             logps.extend([] for _ in ids)
         for start in range(0, max_tokens, chunk):
             out = actor.generate(ids, attention_mask=seen, position_ids=positions, past_key_values=cache,
-                                 logits_processor=[forbid], max_new_tokens=min(chunk, max_tokens - start))  # fmt: skip
+                                 max_new_tokens=min(chunk, max_tokens - start))  # fmt: skip
             new = out.sequences[:, ids.shape[1] :]
-            ended = torch.isin(new, end_ids)  # [rows, chunk]
+            ended = torch.isin(new, torch.tensor(ends, device=device))  # [rows, chunk]
             for row, tokens, stops in zip(open_rows.tolist(), new.tolist(), ended.tolist()):
                 answers[row] += tokens[: stops.index(True) + 1] if True in stops else tokens
             if logps is not None:
-                watched[-1] = watched[-1].gather(1, new[:, -1:])
-                for row, values in zip(open_rows.tolist(), torch.cat(watched, 1).tolist()):
+                chosen = [scores.log_softmax(-1).gather(1, tokens[:, None]) for scores, tokens in zip(out.scores, new.T)]  # [rows, 1]
+                for row, values in zip(open_rows.tolist(), torch.cat(chosen, 1).tolist()):
                     logps[row] = (logps[row] + values)[: len(answers[row])]
-                watched.clear()
             stay = (~ended.any(1)).nonzero().flatten().cpu()  # a spread model keeps its cache on several devices
             if len(stay) == 0:
                 break
@@ -1033,12 +993,6 @@ def describe(path: Path, header: dict, experts: dict[str, list[Trajectory]], que
             f"  mean log-prob a token {sum(float(t.behavior_logp.sum()) for t in answers) / sum(lengths):.3f}; {twice} answers are there twice")  # fmt: skip
 
 
-def start_processes(**options) -> Accelerator:
-    """Device, process group and reductions. While one process samples, others wait: longer than the usual ten minutes."""
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
-    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience], **options)
-
-
 def read_texts(path: str, problems: list[Problem], encoder: Encoder) -> dict[str, list[list[int]]]:
     """Answers from anywhere, by question: lines of {"row": number of the row in --data, "text": ...}. Special tokens in a text are text."""
     by_row, texts, left_out = {p.row: p for p in problems}, collections.defaultdict(list), []
@@ -1078,6 +1032,8 @@ def make_experts(cfg: Config):
         return print(describe(Path(cfg.stats), header, experts, experts))
     if cfg.rectifies:
         raise BadInput("--experts self is for train: the policy makes them while it learns. Give a file to write to")
+    if cfg.dry_run:
+        raise BadInput("--dry_run is for train; to try out experts, give --limit 8 and an --experts file of its own")
     check_exists(cfg.data, cfg.score)
     accelerator = start_processes()
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
@@ -1094,12 +1050,9 @@ def make_experts(cfg: Config):
         path.parent.mkdir(parents=True, exist_ok=True)
         append_records(path, [{"tgrl_experts": 1, "data": cfg.data, "split": cfg.split, "texts": cfg.score or None, **wanted}])
     accelerator.wait_for_everyone()
-    _, cached = read_cache(path, wanted, encoder)
-    rewards = {p.id: [t.reward for t in cached[p.id]] for p in problems}
-    # other noise in each process, and in a run that continues, which would else sample the same again
-    set_seed(cfg.seed + 10**6 * rank + 1009 * sum(map(len, cached.values())))
+    _, experts = read_cache(path, wanted, encoder)
     for p in problems if texts else ():
-        known = [t.ids for t in cached[p.id]]
+        known = [t.ids for t in experts[p.id]]
         texts[p.id] = [ids for ids in texts[p.id] if ids not in known]
     accelerator.wait_for_everyone()  # all have read it before one appends
 
@@ -1107,33 +1060,32 @@ def make_experts(cfg: Config):
         """How many answers to make next."""
         if texts is not None:
             return len(texts.get(p.id, ()))
-        if cfg.until_correct:
-            return int(len(rewards[p.id]) < cfg.samples and 1.0 not in rewards[p.id])
-        return cfg.samples - len(rewards[p.id])
+        if cfg.until_correct and any(t.reward == 1 for t in experts[p.id]):
+            return 0
+        return min(cfg.samples - len(experts[p.id]), 1 if cfg.until_correct else cfg.samples)
 
-    todo = sorted((p for p in problems if missing(p) > 0), key=encoder.length)
+    fields = lambda t: dict(ids=t.ids, logps=t.behavior_logp.tolist(), reward=t.reward, finished=t.finished, text=t.text)  # noqa: E731
+    todo = sorted((p for p in problems if missing(p) > 0), key=encoder.length, reverse=True)  # what takes most memory is tried first
     say(f"{path}: {len(todo)} of {len(problems)} questions need answers")
     todo, tokens, gaps, start = todo[rank::world], 0, [], time.perf_counter()
     at_once = max(1, cfg.generate_batch // (1 if cfg.until_correct else cfg.samples))
     bar = tqdm(total=len(todo), unit="question", desc="experts", disable=None if main else True)  # None: only on a terminal
-    while todo := sorted((p for p in todo if missing(p) > 0), key=missing):  # again, for those that were given fewer than they miss
+    while todo := sorted((p for p in todo if missing(p) > 0), key=missing):  # a batch gets what its first question misses, some come again
         for part in batches(todo, at_once):
-            records = []
-            for group in expert_groups(policy, encoder, part, missing(part[0]), texts, gaps):
-                answers = []
-                for t in group.trajectories:
-                    answers.append(dict(ids=t.ids, logps=t.behavior_logp.tolist(), reward=t.reward, finished=t.finished, text=t.text))
-                    rewards[group.problem.id].append(t.reward)
-                    tokens += len(t.ids)
-                records.append({"question": group.problem.id, "answers": answers})
-            append_records(path, records)
+            first = part[0]
+            torch.manual_seed(hash((cfg.seed, first.row, len(experts[first.id]))))  # other noise for each batch, and for each time
+            groups = expert_groups(policy, encoder, part, missing(first), texts, gaps)
+            append_records(path, [{"question": g.problem.id, "answers": [fields(t) for t in g.trajectories]} for g in groups])
+            for group in groups:
+                experts[group.problem.id] += group.trajectories
+                tokens += sum(len(t.ids) for t in group.trajectories)
             bar.update(sum(missing(p) == 0 for p in part))
-            right = sum(1.0 in some for some in rewards.values())
+            right = sum(any(t.reward == 1 for t in experts[p.id]) for p in problems)
             bar.set_postfix_str(f"{right} with a right answer, {tokens / (time.perf_counter() - start):.0f} tokens/s")
     bar.close()
     if gaps:
         average = f"(on average, an answer's largest, {statistics.fmean(gaps):.1g})"
-        say(f"the log-probs kept and those of generate differ by {max(gaps):.1g} a token, at most {average}")
+        say(f"the log-probs kept and those of generate differ by at most {max(gaps):.1g} a token {average}")
     accelerator.wait_for_everyone()
     if main:
         say(describe(path, *read_cache(path, wanted, encoder), [p.id for p in problems]))
@@ -1143,6 +1095,19 @@ def make_experts(cfg: Config):
 
 LOOK = "Look once more, closely, and go on from where the answer stands."
 ERODED = 2.0  # nats: a token is suspect if another was e^2 times as likely
+
+
+@dataclass
+class Rectification:
+    """How the policy made, or did not make, an expert's answer of a wrong one."""
+
+    flawed: Trajectory
+    starts: list[int]  # of its steps
+    erosion: list[float]  # of each step
+    suspect: int  # the step that seems to have gone wrong
+    rounds: int = 0
+    cut: int = 0  # tokens kept in the last round
+    tail: list[int] | None = None  # what led to the right answer after them
 
 
 def look_again(problem: Problem) -> Problem:
@@ -1166,7 +1131,7 @@ def localise(judge: Policy, group: Group, flawed: Trajectory, tokenizer) -> Rect
     A step is as eroded as its most regrettable token: by how much the likeliest token there, with the picture in the context,
     was likelier. What follows a slip is often eroded, too, so the first step above a bound is the suspect, and not the worst.
     """
-    batch = pack([dataclasses.replace(group, trajectories=[flawed])]).to(judge.blank.device)
+    batch = send_to_device(pack([dataclasses.replace(group, trajectories=[flawed])]), judge.unwritable.device)
     pairs = []
     for hidden, ids in zip(judge.hidden(batch).split(judge.HEAD_CHUNK), batch.target[0].split(judge.HEAD_CHUNK)):
         logp = judge.logits(hidden).log_softmax(-1)  # [tokens, V]
@@ -1217,8 +1182,8 @@ def rectify(actor, encoder: Encoder, groups: list[Group]):
 def shard(policy: Policy, accelerator: Accelerator) -> Policy:
     """FSDP2: each block, and the root, keep 1/world of their weights, gathered in bfloat16 when they run.
 
-    Block by block to the device, so that it never holds all of them. One process on a CPU has nothing to shard and
-    computes in float32: the same code, minus this call.
+    Block by block to the device, so that it never holds all of them. One process on a CPU has nothing to shard, and
+    computes in float32.
     """
     if accelerator.num_processes > 1 or accelerator.device.type == "cuda":
         if not torch.distributed.is_initialized():  # one GPU, started without a launcher: the same path in a world of one
@@ -1283,7 +1248,6 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         if cfg.questions_per_update % self.world:
             raise BadInput(f"--questions_per_update {cfg.questions_per_update} cannot be dealt out evenly to {self.world} processes")
-        set_seed(cfg.seed + 10**6 * self.rank)
         model, self.processor = load(cfg.model)
         self.encoder = Encoder(self.processor, model, cfg)
         self.problems = self.encoder.load(cfg.data, cfg.split)
@@ -1407,7 +1371,7 @@ class Trainer:
         self.policy.train()
         for part in batches(groups, cfg.micro_batch):
             trajectories = [t for group in part for t in group.trajectories]
-            batch = pack(part).to(self.device)
+            batch = send_to_device(pack(part), self.device)
             logp = self.policy(batch)  # [N, T]
             for t, row in zip(trajectories, logp.detach().cpu()):
                 t.logp = row[: len(t.ids)]
@@ -1416,7 +1380,7 @@ class Trainer:
             loss, metrics = tgrl_loss(
                 logp, column("behavior_logp"), batch.mask, batch.advantages, batch.is_expert, batch.expert_ok,
                 token_shares(batch.mask, "dapo" if cfg.token_mean else "grpo", n_trajectories, n_tokens),
-                sharpness=self.cfg.sharpness, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
+                sharpness=cfg.sharpness, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
                 kl_coef=cfg.kl_coef, ref_logp=column("ref_logp") if cfg.kl_coef else None,
             )  # fmt: skip
             (loss * self.world).backward()  # shares are of all processes, but sharded gradients are averaged over them
@@ -1446,9 +1410,9 @@ class Trainer:
                 picture.save(buffer := io.BytesIO(), "PNG")
                 images.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
             logp, behavior_logp = (pad([getattr(t, name) for t in group.trajectories]) for name in ("logp", "behavior_logp"))  # [G, T]
-            pair = logp, behavior_logp, batch.mask
-            weight = torch.ones_like(logp) if self.cfg.sharpness is None else expert_weights(*pair, self.cfg.sharpness)
-            coefficient = unified_coefficient(*pair, batch.is_expert, batch.expert_ok, self.cfg.sharpness)
+            given = logp, behavior_logp, batch.mask
+            weight = torch.ones_like(logp) if self.cfg.sharpness is None else expert_weights(*given, self.cfg.sharpness)
+            coefficient = unified_coefficient(*given, batch.is_expert, batch.expert_ok, self.cfg.sharpness)
             numbers = dict(logp=logp, behavior_logp=behavior_logp, weight=weight, coefficient=coefficient)
             answers = [
                 dict(text=t.text, reward=t.reward, advantage=t.advantage, source=t.source, finished=t.finished)
@@ -1483,10 +1447,7 @@ class Trainer:
 
     def state(self) -> dict:
         weights, optimizer = get_state_dict(self.policy, self.optimizer)
-        return {"weights": weights, "optimizer": optimizer}
-
-    def random_state(self) -> dict[str, Tensor]:
-        return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {})
+        return {"weights": weights, "optimizer": optimizer, "position": torch.tensor(self.position)}
 
     def export(self, folder: Path):
         """The trained model as from_pretrained reads it; the actor holds the whole weights, just refreshed."""
@@ -1496,7 +1457,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def save_checkpoint(self, step: int):
-        """All a run continues from, as it is before `step`; written beside and renamed, so that a kill leaves the one before it whole."""
+        """The state before `step`, from which a run continues; written beside and renamed, so that a kill leaves the one before whole."""
         folder = self.checkpoints / f"{step:06}"
         beside = folder.with_suffix(".tmp")
         try:
@@ -1505,10 +1466,8 @@ class Trainer:
                 beside.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
             dcp.save(self.state(), checkpoint_id=beside)  # each process writes its shards
-            save_file(self.random_state(), beside / f"random-{self.rank}.safetensors")
             self.export(beside / "model")
             if self.main:
-                (beside / "run.json").write_text(json.dumps(dict(step=step, position=self.position)))
                 shutil.rmtree(folder, ignore_errors=True)
                 beside.rename(folder)
                 for old in sorted(self.checkpoints.glob("??????"))[: -self.cfg.keep]:
@@ -1523,38 +1482,35 @@ class Trainer:
 
     def load_checkpoint(self) -> int:
         """Continue from the newest whole checkpoint, on as many processes as there are now; -> the step to do next."""
-        step, folders = 0, sorted(self.checkpoints.glob("??????"), reverse=True)
-        for folder in folders:
-            mine, state = folder / f"random-{self.rank}.safetensors", self.state()
+        folders = sorted(self.checkpoints.glob("??????"), reverse=True)
+        for number, folder in enumerate(folders):
+            state = self.state()
             try:
                 dcp.load(state, checkpoint_id=folder)  # fails on all processes, if on one
-                run = json.loads((folder / "run.json").read_text())
-                random_state = load_file(mine) if mine.exists() else self.random_state()  # without: a process more than there were
-                failed = False
             except (Exception, CheckpointException) as error:  # the latter is no Exception
-                tqdm.write(f"{folder} is damaged, or of another model, and passed over: {type(error).__name__} {str(error)[:200]}")
-                failed = True
-            if self.total(failed)[0]:
+                say(f"{folder} is damaged, or of another model, and passed over: {type(error).__name__} {str(error)[:200]}")
                 continue
             set_state_dict(self.policy, self.optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizer"])
             for group in self.optimizer.param_groups:  # --lr may be another now
                 group.update(lr=self.cfg.lr, weight_decay=self.cfg.weight_decay)
-            torch.set_rng_state(random_state["cpu"])
-            if "cuda" in random_state:
-                torch.cuda.set_rng_state(random_state["cuda"])
-            step, self.position = run["step"], run["position"]
-            break
-        if folders and not step:
+            self.position = int(state["position"])
+            for damaged in folders[:number] if self.main else ():
+                shutil.rmtree(damaged)
+            say(f"{self.cfg.out}: continues with step {int(folder.name)}")
+            return int(folder.name)
+        if folders:
             raise BadInput(f"{self.checkpoints} holds nothing whole to continue from; give another --out to start anew")
-        say(f"{self.cfg.out}: continues with step {step}" if step else f"{self.cfg.out} has no checkpoint to continue from; starts anew")
-        for name in ("metrics.jsonl", "groups.jsonl"):  # steps that will be done again
-            if self.main and (path := Path(self.cfg.out, name)).exists():
-                lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-                kept = [line for line in lines if json.loads(line).get("step", -1) < step]
-                path.with_suffix(".tmp").write_text("".join(kept) if step else "", encoding="utf-8")
-                path.with_suffix(".tmp").rename(path)
-        self.accelerator.wait_for_everyone()
-        return step
+        say(f"{self.cfg.out} has no checkpoint to continue from; starts anew")
+        return 0
+
+    def begin_records(self, step: int):
+        """Of an earlier start, records of the steps before this one stay; the others will be made again."""
+        for name, records in (("metrics.jsonl", [self.header()]), ("groups.jsonl", [])) if self.main else ():
+            path = Path(self.cfg.out, name)
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # the last is empty, or torn
+            records += [record for record in map(json.loads, lines) if 0 <= record.get("step", -1) < step]
+            path.with_suffix(".tmp").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            path.with_suffix(".tmp").rename(path)
 
     def header(self) -> dict:
         """The first record of metrics.jsonl: what the numbers below it depend on."""
@@ -1579,7 +1535,11 @@ class Trainer:
         self.refresh_actor()
         start = time.perf_counter()
         answers = sample(self.actor, endless, [prompt] * at_once, cfg.n_on)[0]
-        sampled, sampling_peak = time.perf_counter(), peak_memory()
+        sampled = time.perf_counter()
+        if self.held_out:
+            self.held_out = [max(self.held_out, key=self.encoder.length)] * self.cfg.generate_batch * self.world
+            self.evaluate()
+        evaluated, sampling_peak = time.perf_counter(), peak_memory()
         answers += [max([answers[0], *(t.ids for some in self.experts.values() for t in some)], key=len)] * cfg.n_off
         trajectories = [Trajectory(ids, "", 1.0, advantage=(-1.0) ** i) for i, ids in enumerate(answers)]
         groups = [Group(problem, prompt, trajectories)] * cfg.micro_batch
@@ -1587,14 +1547,15 @@ class Trainer:
         self.update(groups, Tally())
         updated = time.perf_counter()
         mine = cfg.questions_per_rollout // self.world
-        rounds = math.ceil(mine / at_once) * (sampled - start) + math.ceil(mine / cfg.micro_batch) * (updated - sampled)
+        seconds = math.ceil(mine / at_once) * (sampled - start) + math.ceil(mine / cfg.micro_batch) * (updated - evaluated)
         say(f"  sampling {at_once * cfg.n_on} answers at once  {sampled - start:7.1f} s   peak {sampling_peak:.1f} GiB\n"
-            f"  scoring and updating on {cfg.micro_batch} groups at once  {updated - sampled:7.1f} s   peak {peak_memory():.1f} GiB\n"
-            f"These fit. A step of as long questions and answers would take {rounds / 60:.1f} minutes a draw. Nothing was written.")  # fmt: skip
+            f"  scoring and updating on {cfg.micro_batch} groups at once  {updated - evaluated:7.1f} s   peak {peak_memory():.1f} GiB\n"
+            f"These fit. A step of as long questions and answers would take {seconds / 60:.1f} minutes a draw. Nothing was written.")  # fmt: skip
 
     def learn(self, step: int, tally: Tally):
         """One step: answers and rewards, then an update on each share of them."""
         start = time.perf_counter()
+        torch.manual_seed(hash((self.cfg.seed, step, self.rank)))  # so that a run that is continued samples what it would have
         groups = self.collect(tally)
         rolled = time.perf_counter()
         self.set_log_probs(groups)
@@ -1620,8 +1581,7 @@ class Trainer:
         first = self.load_checkpoint() if cfg.resume else 0
         if first > self.steps:
             raise BadInput(f"--out {cfg.out} is at step {first} already, and this run has {self.steps}; raise --steps or --epochs")
-        if first == 0:
-            self.write("metrics.jsonl", self.header())
+        self.begin_records(first)
         self.accelerator.init_trackers("tgrl", {name: value for name, value in dataclasses.asdict(cfg).items() if value is not None})
         group = f"{cfg.n_on} + {cfg.n_off} answers to each"
         say(f"{cfg.method}: {self.steps} steps of {cfg.questions_per_rollout} questions, {group}, on {self.world} x {self.device.type}")
@@ -1758,7 +1718,7 @@ def toy_world(folder: Path, cfg: Config):
         return
     say("warming up a base model, an expert and a student: about a minute and a half, once")
     folder, finished = folder.with_suffix(".tmp"), folder
-    set_seed(0)
+    torch.manual_seed(0)
     rng, processor = random.Random(0), toy_processor(cfg.instruction)
     model = tiny_model(processor.tokenizer)
     encoder, sides = Encoder(processor, model, cfg), list(itertools.product(TOY_SIDES, TOY_SIDES))
@@ -1777,8 +1737,8 @@ def toy_world(folder: Path, cfg: Config):
 
 def toy(cfg: Config):
     """Warm up two models, sample experts (or, with --experts self, do not), train without and with them, and compare on held-out pictures."""
-    if cfg.dry_run:
-        raise BadInput("--dry_run is for train")
+    if cfg.dry_run or cfg.stats or cfg.score:
+        raise BadInput("--dry_run is for train, --stats and --score are for experts: `tgrl.py experts --stats ...`")
     out, start = Path(cfg.out), time.perf_counter()
     world = out / "world"
     toy_world(world, cfg)
@@ -1795,10 +1755,11 @@ def toy(cfg: Config):
     print(f"\nHeld-out greedy accuracy after {cfg.steps} steps of {cfg.questions_per_rollout} questions, {answers} answers each:")
     for name, value in accuracy.items():
         print(f"  {name:10} {value:6.1%}")
-    sys.modules.setdefault("tgrl", sys.modules[__name__])  # which the other file imports; it may be running as __main__
-    from eval import show
+    if Path(__file__).with_name("eval.py").exists():
+        sys.modules.setdefault("tgrl", sys.modules[__name__])  # which the other file imports; it may be running as __main__
+        from eval import show
 
-    show([out / name for name in accuracy])
+        show([out / name for name in accuracy])
     print(f"{time.perf_counter() - start:.0f} seconds in all")
 
 
@@ -1835,7 +1796,7 @@ def main():
     try:
         command, cfg = parse(sys.argv[1:])
         COMMANDS[command][0](cfg)
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         sys.exit(f"tgrl.py: {error}")
     except KeyboardInterrupt:
         sys.exit("tgrl.py: stopped")

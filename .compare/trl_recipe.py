@@ -105,7 +105,7 @@ def main():
         lr_scheduler_type="constant", gradient_checkpointing=False, bf16=False, use_cpu=not torch.cuda.is_available(), report_to="none", save_strategy="no",
         logging_steps=1, disable_tqdm=True, generation_kwargs={"suppress_tokens": encoder.unwritable.tolist()},
     )  # fmt: skip
-    tgrl.set_seed(1)
+    torch.manual_seed(1)
     shared = dict(train_dataset=datasets.Dataset.from_list([row(p) for p in questions]), processing_class=processor)
     if arg.plain:
         trainer = trl.GRPOTrainer(model, right, config, **shared)
