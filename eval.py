@@ -360,12 +360,6 @@ def check_same(path: Path, found: dict, wanted: dict):
             raise BadInput(f"{path} is of another evaluation: {key} is {found.get(key)!r} there and {value!r} here. Give another --out")
 
 
-def write_lines(path: Path, records: list[dict]):
-    """A whole file, written beside and renamed."""
-    path.with_suffix(".tmp").write_text("".join(json.dumps(record) + "\n" for record in records))
-    path.with_suffix(".tmp").rename(path)
-
-
 def begin(path: Path, header: dict, pairs: list) -> set[int]:
     """Open the file of a benchmark, or go on with it if it is of this same evaluation: -> the rows that are answered."""
     found, *records = (read_lines(path) if path.exists() else []) or [{}]
@@ -377,7 +371,7 @@ def begin(path: Path, header: dict, pairs: list) -> set[int]:
             changed = f"row {r['row']} of {header['source']} was another question, or readable, when it was answered"
             raise BadInput(f"{path}: {changed}. Give another --out")
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "math-verify")}
-    write_lines(path, [{"versions": versions} | found | header, *(record for problem, record in pairs if not problem), *answered])
+    tgrl.write_records(path, [{"versions": versions} | found | header, *(record for problem, record in pairs if not problem), *answered])
     return {r["row"] for r in answered}
 
 
@@ -386,7 +380,7 @@ def evaluate(path: Path, items: list, done: set[int], encoder: tgrl.Encoder, mod
     cfg, main = encoder.cfg, accelerator.is_main_process
     # One division into batches, whatever is done already and however many processes there are: the same batches give the same answers.
     items = sorted(items, key=lambda item: (-encoder.length(item[0]), item[0].row))
-    parts = tgrl.batches(items, max(1, cfg.generate_batch // cfg.samples))
+    parts = tgrl.batches(items, cfg.generate_batch // cfg.samples)
     todo = [part for part in parts if not done.issuperset(problem.row for problem, _ in part)]
     tgrl.say(f"{path}: {sum(map(len, todo))} of {len(items)} questions to answer")
     mine = todo[accelerator.process_index :: accelerator.num_processes]
@@ -411,7 +405,7 @@ def regrade(out: Path):
         judged = {row: record | judge(record["texts"], record) if "texts" in record else record for row, record in records.items()}
         changed = [row for row in records if records[row]["correct"] != judged[row]["correct"]]
         header["versions"]["math-verify"] = importlib.metadata.version("math-verify")
-        write_lines(out / f"{name}.jsonl", [header, *judged.values()])
+        tgrl.write_records(out / f"{name}.jsonl", [header, *judged.values()])
         print(f"{name}: {len(changed)} of {len(records)} verdicts changed" + f": rows {changed[:20]}" * bool(changed))
     report(out)
 
@@ -577,12 +571,15 @@ def compare(a: Path, b: Path, flips: int):
     if not names:
         raise BadInput(f"{a} has {', '.join(first)} and {b} has {', '.join(second)}: nothing in common")
     print(f"A: {a}, {first[names[0]][0]['model']}\nB: {b}, {second[names[0]][0]['model']}")
+    shown = {f"A: {a.resolve().name}": {}, f"B: {b.resolve().name}": {}}
     print(f"\n{'':16} items        A        B    B − A   95 % interval       only A  only B   p (McNemar, exact)")
     for name in names:
         (header, records), (other, others) = first[name], second[name]
         rows = [row for row in records if row in others]
         if not rows or any(records[row].get("id", id) != id for row in rows if (id := others[row].get("id"))):
             raise BadInput(f"{name}: rows of {a} and {b} hold different questions; were they made from the same data?")
+        for summaries, (head, some) in zip(shown.values(), (first[name], second[name])):
+            summaries[name] = summarize(head, {row: some[row] for row in rows})
         right_a, right_b = (np.array([statistics.fmean(some[row]["correct"]) for row in rows]) for some in (records, others))
         low, high = bootstrap(right_b - right_a)
         only_a, only_b = ([row for row, more in zip(rows, where) if more] for where in (right_a > right_b, right_b > right_a))
@@ -595,10 +592,6 @@ def compare(a: Path, b: Path, flips: int):
         different = [key for key in ("source", "samples", "temperature", *ASKED, "dtype") if header.get(key) != other.get(key)]
         if different or len(rows) < max(len(records), len(others)):
             print(f"    take care: {len(records)} and {len(others)} rows, {len(rows)} in both" + "".join(f"; another {key}" for key in different))
-    shown = {}
-    for which, out, found in (("A", a, first), ("B", b, second)):
-        both = {name: {row: found[name][1][row] for row in first[name][1] if row in second[name][1]} for name in names}
-        shown[f"{which}: {out.resolve().name}"] = {name: summarize(found[name][0], both[name]) for name in names}
     draw_bars(shown, b / "compare.png")
     print(f"\nwrote {os.path.relpath(b / 'compare.png')}")
 

@@ -1257,6 +1257,7 @@ def test_a_cache_for_another_prompt_is_refused(folder, change, words):
     ("tokenizer", "0123", "another tokenizer"),
     ("sampling", {"temperature": 0.6}, "not sampled at temperature 1"),
     ("model", "somebody/else", "another model's answers"),
+    ("tgrl_experts", None, "is no expert cache"),
     ("texts", None, "is no expert cache"),
 ])  # fmt: skip
 def test_a_foreign_cache_is_refused(folder, tmp_path, key, value, words):
@@ -1781,7 +1782,7 @@ def test_a_crash_of_one_process_ends_all_with_its_error(folder, tmp_path):
 
 def test_out_of_memory_names_what_to_lower(folder, tmp_path):
     said = torchrun(1, "memory", folder.options | dict(out=str(tmp_path)), fails=True).said
-    assert re.search(r"out of memory in the update; lower --micro_batch, --max_answer", said), said
+    assert re.search(r"out of memory in the update, 1 groups at once in rows of 20\d+ tokens; lower --micro_batch, --max_answer", said), said
 
 
 @pytest.mark.parametrize("processes", [1, 2])

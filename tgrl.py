@@ -452,6 +452,8 @@ SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 
 
 
 def batches(items: list, size: int):
+    """At least one item each: a question's answers are generated together, be they more than --generate_batch."""
+    size = max(1, size)
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
@@ -938,7 +940,7 @@ def read_cache(path: Path, wanted: dict, encoder: Encoder | None) -> tuple[dict,
     first, _, rest = path.read_bytes().partition(b"\n")
     try:
         header = json.loads(first)
-        source = header["texts"] or header["model"]
+        _, source = header["tgrl_experts"], header["texts"] or header["model"]
     except (ValueError, KeyError, TypeError):
         raise BadInput(f"{path} is no expert cache: its first line is not the header that `tgrl.py experts` writes") from None
     for key, value in wanted.items():
@@ -975,6 +977,12 @@ def append_records(path: Path, records: list[dict]):
         file.write("".join(json.dumps(record) + "\n" for record in records).encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_records(path: Path, records: list[dict]):
+    """The whole file anew, written beside and renamed, so that a kill leaves the old one or the new."""
+    path.with_suffix(".tmp").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    path.with_suffix(".tmp").rename(path)
 
 
 def describe(path: Path, header: dict, experts: dict[str, list[Trajectory]], questions: typing.Collection[str]) -> str:
@@ -1068,7 +1076,7 @@ def make_experts(cfg: Config):
     todo = sorted((p for p in problems if missing(p) > 0), key=encoder.length, reverse=True)  # what takes most memory is tried first
     say(f"{path}: {len(todo)} of {len(problems)} questions need answers")
     todo, tokens, gaps, start = todo[rank::world], 0, [], time.perf_counter()
-    at_once = max(1, cfg.generate_batch // (1 if cfg.until_correct else cfg.samples))
+    at_once = cfg.generate_batch // (1 if cfg.until_correct else cfg.samples)
     bar = tqdm(total=len(todo), unit="question", desc="experts", disable=None if main else True)  # None: only on a terminal
     while todo := sorted((p for p in todo if missing(p) > 0), key=missing):  # a batch gets what its first question misses, some come again
         for part in batches(todo, at_once):
@@ -1160,7 +1168,7 @@ def rectify(actor, encoder: Encoder, groups: list[Group]):
         group.rectification = flawed and localise(judge, group, flawed, encoder.tokenizer)
     for number in range(cfg.rounds):
         stories = [(g, g.rectification) for g in groups if g.rectification and not g.rectification.tail and g.rectification.suspect >= number]
-        for part in batches(stories, max(1, cfg.generate_batch // cfg.tries)):
+        for part in batches(stories, cfg.generate_batch // cfg.tries):
             prompts = []
             for group, story in part:
                 story.rounds, story.cut = number + 1, story.starts[story.suspect - number]
@@ -1307,7 +1315,7 @@ class Trainer:
     def roll_out(self, drawn: list[tuple[int, Problem]]) -> list[Group]:
         """Groups with rewards and advantages: n_on answers of the policy, then the experts'."""
         groups = []
-        for part in batches(drawn, max(1, self.cfg.generate_batch // self.cfg.n_on)):
+        for part in batches(drawn, self.cfg.generate_batch // self.cfg.n_on):
             prompts = [self.encoder(problem) for _, problem in part]
             for (epoch, problem), prompt, answers in zip(part, prompts, sample(self.actor, self.encoder, prompts, self.cfg.n_on)):
                 own = [grade(ids, problem, self.encoder) for ids in answers]  # Eq. 13
@@ -1362,7 +1370,6 @@ class Trainer:
             for t in (t for group in groups for t in group.trajectories if not t.is_expert):
                 t.behavior_logp = t.logp
 
-    @naming_memory("the update", "--micro_batch, --max_answer or --max_pixels")
     def update(self, groups: list[Group], tally: Tally):
         """One optimizer update on this process's groups, in micro-batches."""
         cfg, trajectories = self.cfg, [t for group in groups for t in group.trajectories]
@@ -1372,18 +1379,20 @@ class Trainer:
         for part in batches(groups, cfg.micro_batch):
             trajectories = [t for group in part for t in group.trajectories]
             batch = send_to_device(pack(part), self.device)
-            logp = self.policy(batch)  # [N, T]
-            for t, row in zip(trajectories, logp.detach().cpu()):
-                t.logp = row[: len(t.ids)]
-                t.behavior_logp = t.logp if t.behavior_logp is None else t.behavior_logp  # None: written by this very policy
-            column = lambda name: pad([getattr(t, name) for t in trajectories]).to(self.device)  # noqa: E731 [N, T]
-            loss, metrics = tgrl_loss(
-                logp, column("behavior_logp"), batch.mask, batch.advantages, batch.is_expert, batch.expert_ok,
-                token_shares(batch.mask, "dapo" if cfg.token_mean else "grpo", n_trajectories, n_tokens),
-                sharpness=cfg.sharpness, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
-                kl_coef=cfg.kl_coef, ref_logp=column("ref_logp") if cfg.kl_coef else None,
-            )  # fmt: skip
-            (loss * self.world).backward()  # shares are of all processes, but sharded gradients are averaged over them
+            size = f"the update, {len(part)} groups at once in rows of {batch.ids.shape[1]} tokens"
+            with naming_memory(size, "--micro_batch, --max_answer or --max_pixels"):
+                logp = self.policy(batch)  # [N, T]
+                for t, row in zip(trajectories, logp.detach().cpu()):
+                    t.logp = row[: len(t.ids)]
+                    t.behavior_logp = t.logp if t.behavior_logp is None else t.behavior_logp  # None: written by this very policy
+                column = lambda name: pad([getattr(t, name) for t in trajectories]).to(self.device)  # noqa: E731 [N, T]
+                loss, metrics = tgrl_loss(
+                    logp, column("behavior_logp"), batch.mask, batch.advantages, batch.is_expert, batch.expert_ok,
+                    token_shares(batch.mask, "dapo" if cfg.token_mean else "grpo", n_trajectories, n_tokens),
+                    sharpness=cfg.sharpness, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
+                    kl_coef=cfg.kl_coef, ref_logp=column("ref_logp") if cfg.kl_coef else None,
+                )  # fmt: skip
+                (loss * self.world).backward()  # shares are of all processes, but sharded gradients are averaged over them
             tally.add(**metrics)
         norm = float(whole(nn.utils.clip_grad_norm_(self.policy.parameters(), cfg.max_grad_norm)))
         useful = at_stake > 0 or cfg.kl_coef > 0  # without any advantage, only weight decay and momentum would move
@@ -1509,8 +1518,7 @@ class Trainer:
             path = Path(self.cfg.out, name)
             lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # the last is empty, or torn
             records += [record for record in map(json.loads, lines) if 0 <= record.get("step", -1) < step]
-            path.with_suffix(".tmp").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-            path.with_suffix(".tmp").rename(path)
+            write_records(path, records)
 
     def header(self) -> dict:
         """The first record of metrics.jsonl: what the numbers below it depend on."""
@@ -1537,7 +1545,7 @@ class Trainer:
         answers = sample(self.actor, endless, [prompt] * at_once, cfg.n_on)[0]
         sampled = time.perf_counter()
         if self.held_out:
-            self.held_out = [max(self.held_out, key=self.encoder.length)] * self.cfg.generate_batch * self.world
+            self.held_out = [max(self.held_out, key=self.encoder.length)] * cfg.generate_batch * self.world
             self.evaluate()
         evaluated, sampling_peak = time.perf_counter(), peak_memory()
         answers += [max([answers[0], *(t.ids for some in self.experts.values() for t in some)], key=len)] * cfg.n_off
