@@ -1,76 +1,60 @@
-"""eval.py: everything that looks at a model or a run.
+"""eval.py: how good a model is, and what a training did.
 
     python eval.py run runs/train/model mathvista wemath mathverse mathvision hallusionbench
     python eval.py run runs/train/model geo3k mathvista=my/mathvista.parquet --samples 8 --temperature 1
     python eval.py run --out runs/eval --rescore     grade the recorded answers again, without a model
     python eval.py compare runs/eval runs/other      two evaluations, item by item
-    python eval.py show runs/grpo runs/tgrl          curves.png and groups.html of trainings, finished or running
-    python eval.py bench --model 3B                  what a step costs here: rollout, scoring, update; no download
+    python eval.py show runs/grpo runs/tgrl          curves.png and groups.html of trainings
 
-All grading is by the rules below: no judge model, no API key, and nothing leaves the denominator. A row that cannot be
-read, and an answer that cannot be found, count as wrong and are counted.
+All grading is by the rules below: no judge model, no API key, and nothing leaves the denominator. A row that
+cannot be read, and an answer that cannot be found, count as wrong and are counted.
 """
 
-import argparse
 import ast
 import base64
 import collections
-import dataclasses
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import math
 import os
-import random
 import re
 import statistics
 import sys
-import tempfile
-import time
-import typing
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 import math_verify
+import matplotlib
 import numpy as np
 import torch
+import tyro
 from accelerate.utils import broadcast_object_list
+from matplotlib.figure import Figure  # not pyplot: no window and no global state
+from matplotlib.lines import Line2D
+from tqdm import tqdm
 
 import tgrl
 from tgrl import BadInput, is_equivalent
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito: safe for the colour-blind
-GREY = "#5b6470"
-
-
-def read_lines(path: Path) -> list:
-    """The records of a .jsonl file. A torn last line is what a killed, or a running, training leaves: skipped, and said."""
-    if not path.is_file():
-        raise BadInput(f"there is no {path}; of a training, give the folder that `tgrl.py train --out` wrote, once its first step is done")
-    *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")  # splitlines would also split inside of some strings
-    if torn:
-        print(f"{path}: the last line, {len(lines) + 1}, is incomplete and left out", file=sys.stderr)
-    try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path} has a line that is not JSON, {error.doc[:40]!r}; remove it") from None
-
-
-# ===== Rules: (what was said, the record with answer and choices) -> right or wrong ===================================
+# ===== 1. Rules: (what was said, the record with answer and choices) -> right or wrong ================
 
 LETTERS = "ABCDEFGHIJ"
 
 
 def find_answer(text: str) -> str | None:
-    """What is in the last box; without any, what follows the last "answer is" or a line's "Answer:", once the thinking is over."""
+    """What is in the last box; without any, what follows "answer is" or "Answer:", once thinking is over."""
     if boxed := tgrl.extract_boxed(text):
         return boxed
     _, thought, said = text.rpartition("</think>")
     if "<think>" in text and not thought:
         return None
-    _, *answers = re.split(r"(?im)answer is\b[:*]*\s*|^\W*(?:the |my )?(?:final |correct )?answer\W*?:\**\s*", said)
+    labels = r"(?im)answer is\b[:*]*\s*|^\W*(?:the |my )?(?:final |correct )?answer\W*?:\**\s*"
+    _, *answers = re.split(labels, said)
     return answers[-1].split("\n")[0].strip() or None if answers else None
 
 
@@ -86,14 +70,14 @@ def equivalent(said: str, item: dict) -> bool:
 
 
 def choice(said: str, item: dict) -> bool:
-    """The option's letter, with or without its text; or its text; or its value, if no other option has that value."""
+    """The option's letter, with or without its text; or its text; or its value, if no other has it."""
     words, letter, texts = plain(said), item["answer"], [plain(text) for text in item["choices"]]
-    right = dict(zip(LETTERS, texts)).get(letter, "")
-    if len(words) > 1 and words in texts:  # a text that is there twice is right for both; a lone letter is a label
+    right = dict(zip(LETTERS, texts, strict=False)).get(letter, "")
+    if len(words) > 1 and words in texts:  # a text that is there twice is right for both
         return words == right
     if label := re.match(r"(?:option |choice |answer:? )?[(\[]?([a-j])(?:[)\]][.:]?|[.:]|$) ?(.*)", words):
-        another = re.search(r"(?:^|[,;/&(]|\band |\bor )\s*\(?[a-j](?:[).:]|$| *(?:[,;/&]|and\b|or\b))", label[2])  # "B. or C."
-        return label[1].upper() == letter and (not another or label[2] == right)
+        another = r"(?:^|[,;/&(]|\band |\bor )\s*\(?[a-j](?:[).:]|$| *(?:[,;/&]|and\b|or\b))"  # "B. or C."
+        return label[1].upper() == letter and (not re.search(another, label[2]) or label[2] == right)
     if label := re.match(r"([a-j])[ ,=-]+\(?(.*?)\)?$", words):  # "B 35", but not "a line"
         return label[1].upper() == letter and right != "" and is_equivalent(label[2], right)
     return right != "" and {text for text in texts if is_equivalent(said, text)} == {right}
@@ -103,15 +87,20 @@ def yes_or_no(said: str, item: dict) -> bool:
     return set(re.findall(r"\b(?:yes|no)\b", plain(said))) == {item["answer"]}
 
 
+NO_NUMBER = r"\bnot\b|\bpi\b|π|illion\b|thousand"
+NO_NUMBER += r"|\d ?[xyz]\b|\d/[a-z]\b|\b[a-z] ?[-+] ?\d"  # 3x, 1/n, n - 1
+VALUE = r"(-? ?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:e[+-]?\d+)?)(?:/(\d+(?:\.\d+)?))?"
+BEFORE = r"[a-zα-ωµå_ =:≈€£¥'\"(]*?"
+AFTER = r"(?:[a-zα-ωµå %°'\"/.)](?:\^\{?[23]\}?|[²³])?)*"  # words and units, cm^2
+
+
 def number(text: str) -> float | None:
-    """The only number in a text: 1,200 or -3.5 or 1/2, with words, a currency or a unit around it, but no formula."""
+    """The only number in a text: 1,200 or -3.5 or 1/2, with words or a unit around it, but no formula."""
     text = re.sub(r"\\%|\^?\{?\\(?:circ|degree)\}?|\\approx", "", plain(text)).replace("−", "-")
     text = re.sub(r"(?<![\d.])(?<!\d )\\[dt]?frac\{(-?[\d.]+)\}\{([\d.]+)\}", r"\1/\2", text)
-    formula = r"\d ?[xyz]\b|\d/[a-z]\b|\b[a-z] ?[-+] ?\d"  # 3x, 1/n, n - 1
-    if len(text) > 100 or re.search(rf"\bnot\b|\bpi\b|π|illion\b|thousand|{formula}", text):
+    if len(text) > 100 or re.search(NO_NUMBER, text):
         return None
-    value = r"(-? ?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:e[+-]?\d+)?)(?:/(\d+(?:\.\d+)?))?"
-    found = re.fullmatch(rf"[a-zα-ωµå_ =:≈€£¥'\"(]*?{value}(?:[a-zα-ωµå %°'\"/.)](?:\^\{{?[23]\}}?|[²³])?)*", text)
+    found = re.fullmatch(BEFORE + VALUE + AFTER, text)
     try:
         value = float(found[1].replace(",", "").replace(" ", "")) / float(found[2] or 1)
     except (TypeError, ValueError, ZeroDivisionError):
@@ -119,66 +108,81 @@ def number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def exact(answer: str) -> float | None:
+    """The value of pi or a root in a benchmark's own answer."""
+    formula = answer.strip("$").translate(str.maketrans(tgrl.UNICODE))
+    parsed = math_verify.parse(f"${formula}$")
+    real = parsed and getattr(parsed[0], "is_number", False) and parsed[0].is_real
+    return float(parsed[0].evalf()) if real else None
+
+
 def rounded(said: str, item: dict) -> bool:
-    """Equivalent, or equal once both are rounded to the item's decimals; cut off by int where it has 0, as MathVista's integers are."""
-    answer, places = item["answer"], item["precision"]
-    value, wanted = number(said), number(answer)
-    if wanted is None and value is not None:  # pi and roots, in the benchmark's own answer
-        parsed = math_verify.parse(f"${answer.strip('$').translate(tgrl.UNICODE)}$")
-        wanted = float(parsed[0].evalf()) if parsed and getattr(parsed[0], "is_number", False) and parsed[0].is_real else None
-    cut = lambda x: round(x, places) if places else int(x)  # noqa: E731
-    return is_equivalent(said, answer) or (None not in (value, wanted) and cut(value) == cut(wanted))
+    """Equivalent, or equal at the item's decimals; with none cut off by int, as MathVista's integers are."""
+    if is_equivalent(said, item["answer"]):
+        return True
+    value, wanted, places = number(said), number(item["answer"]), item["precision"]
+    if value is not None and wanted is None:
+        wanted = exact(item["answer"])
+    if value is None or wanted is None:
+        return False
+    return round(value, places) == round(wanted, places) if places else int(value) == int(wanted)
 
 
 def parts(said: str, item: dict) -> bool:
-    """Answers of several lines: as many parts are said, letters in any order, others equivalent and in this one."""
+    """Answers of several lines: as many are said; letters in any order, others equivalent and in this one."""
     wanted = [part.strip() for part in item["answer"].split("\n") if part.strip()]
     if all(re.fullmatch(r"\(?[A-J]\)?", part) for part in wanted):
-        letters = lambda text: sorted(re.sub(r"\band\b|[^a-z]", "", plain(text)))  # noqa: E731
-        return letters(said) == letters(item["answer"])
+        here, there = (re.sub(r"\band\b|[^a-z]", "", plain(text)) for text in (said, item["answer"]))
+        return sorted(here) == sorted(there)
     some = [said]
-    if len(wanted) > 1:  # commas within numbers and brackets belong to a part
+    if len(wanted) > 1:
         said = re.sub(r"\\text\s*\{\s*and\s*\}", " and ", said)
         said = re.sub(r"^\W*[\[({]([^\[\](){}]*)[\])}]\W*$", r"\1", said.replace("\\}", "}"))  # [0, 8]
-        some = [part for part in re.split(r"[;\n]|\\\\|\band\b|,(?!\d{3}(?!\d))(?![^(\[]*[)\]])", said) if part.strip()]
+        seams = r"[;\n]|\\\\|\band\b|,(?!\d{3}(?!\d))(?![^(\[]*[)\]])"  # no comma in a number or brackets
+        some = [part for part in re.split(seams, said) if part.strip()]
     return len(some) == len(wanted) and all(map(is_equivalent, some, wanted))
 
 
 def any_of(said: str, item: dict) -> bool:
-    """MMMU's for open questions: one of the answers, to two decimals, or as words that are in what was said."""
+    """MMMU's for open questions: one of the answers, to two decimals, or as words within what was said."""
     answers = item["answer"] if isinstance(item["answer"], list) else [item["answer"]]
-    has_words = lambda answer: re.search("[A-Za-z]", answer) and re.search(rf"(?<!\w){re.escape(plain(answer))}(?!\w)", plain(said))  # noqa: E731
-    return any(rounded(said, {"answer": answer, "precision": 2}) or has_words(answer) for answer in answers)
+    words = [re.escape(plain(answer)) for answer in answers if re.search("[A-Za-z]", answer)]
+    if any(re.search(rf"(?<!\w){word}(?!\w)", plain(said)) for word in words):
+        return True
+    return any(rounded(said, {"answer": answer, "precision": 2}) for answer in answers)
 
 
 RULES = {rule.__name__: rule for rule in (equivalent, choice, yes_or_no, rounded, parts, any_of)}
 
 
 def judge(texts: list[str], item: dict) -> dict:
-    """What a record says of its answers: what was found in each, and whether it is right."""
-    find = tgrl.extract_boxed if item["rule"] == "equivalent" else find_answer  # training rewards what is in a box, and nothing else
-    found = [find(text) for text in texts]
-    return {"extracted": found, "correct": [bool(said and RULES[item["rule"]](said, item)) for said in found]}
+    """What was found in each answer, whether it is right, and how often the grader failed."""
+    find = tgrl.extract_boxed if item["rule"] == "equivalent" else find_answer  # training rewards boxes alone
+    found, before = [find(text) for text in texts], tgrl.grader_errors.total()
+    correct = [bool(said and RULES[item["rule"]](said, item)) for said in found]
+    return {"extracted": found, "correct": correct, "grader_errors": tgrl.grader_errors.total() - before}
 
 
-# ===== Benchmarks: where rows are, how one becomes a question, and what is different from the official rule ===========
+# ===== 2. Benchmarks: where rows are, how one becomes a question, and what differs from the official rule
 
 
-class Benchmark(typing.NamedTuple):
-    read: typing.Callable[[dict], dict]  # row -> problem, images, answer, rule; and choices, by (what to report apart), together
+class Benchmark(NamedTuple):
+    # row -> problem, images, answer, rule; and choices, precision, by (what to report apart), together
+    read: Callable[[dict], dict]
     hub: str
     split: str
     config: str | None = None
 
 
 def lettered(options: list[str]) -> str:
-    return "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, options))
+    return "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False))
 
 
 def split_options(text: str) -> list[str]:
-    """"A. 3; B. 4" -> ["3", "4"]; empty if the letters do not run from A on."""
+    """ "A. 3; B. 4" -> ["3", "4"]; empty if the letters do not run from A on."""
     pieces = re.split(r"(?:^|[;,\s])\(?([A-J])[.:)]\s*", text)
-    return [piece.strip(" ;,\n") for piece in pieces[2::2]] if pieces[1::2] == list(LETTERS[: len(pieces) // 2]) else []
+    in_order = pieces[1::2] == list(LETTERS[: len(pieces) // 2])
+    return [piece.strip(" ;,\n") for piece in pieces[2::2]] if in_order else []
 
 
 def problems(row: dict) -> dict:
@@ -187,69 +191,76 @@ def problems(row: dict) -> dict:
 
 
 def mathvista(row: dict) -> dict:
-    """Official: a language model extracts, then these rules; where no option fits, the one of least edit distance is taken, here none is.
-    NoisyRollout compares the extracted letter or text as strings, so that 12.0 is not 12."""
-    by = {"type": row["question_type"], "task": row["metadata"]["task"], "language": row["metadata"]["language"]}
+    """Official: a language model extracts the answer, and the option of least edit distance is taken."""
+    meta, kind = row["metadata"], row["answer_type"]
+    by = {"type": row["question_type"], "task": meta["task"], "language": meta["language"]}
     item = {"problem": row["query"], "image": row["decoded_image"], "answer": row["answer"], "by": by}
     if row["question_type"] == "multi_choice":
-        return item | {"rule": "choice", "answer": LETTERS[row["choices"].index(row["answer"])], "choices": row["choices"]}
-    if row["answer_type"] == "list":
+        letter = LETTERS[row["choices"].index(row["answer"])]
+        return item | {"rule": "choice", "answer": letter, "choices": row["choices"]}
+    if kind == "list":
         return item | {"rule": "parts", "answer": "\n".join(map(str, ast.literal_eval(row["answer"])))}
-    rule = {"integer": "rounded", "float": "rounded", "text": "parts"}[row["answer_type"]]
-    return item | {"rule": rule, "precision": int(row["precision"] or 0) if row["answer_type"] == "float" else 0}
+    rule = {"integer": "rounded", "float": "rounded", "text": "parts"}[kind]
+    return item | {"rule": rule, "precision": int(row["precision"] or 0) if kind == "float" else 0}
 
 
 def wemath(row: dict) -> dict:
-    """Plain accuracy over all questions, as in the paper's tables and NoisyRollout; the official four-dimensional score is another scale."""
+    """Accuracy over all questions, as in the paper; the official four-dimensional score is another scale."""
     question = f"{row['question']}\n\nOptions: {row['option']}"
-    choices, by = split_options(row["option"]), {"steps": row["key"]}
-    return row | {"problem": question, "image": row["image_path"], "rule": "choice", "choices": choices, "by": by}
+    item = row | {"problem": question, "image": row["image_path"], "by": {"steps": row["key"]}}
+    return item | {"rule": "choice", "choices": split_options(row["option"])}
 
 
 def mathvision(row: dict) -> dict:
-    """Official: option letter, option value, or equal when rounded to two decimals. NoisyRollout: strict equality of strings."""
-    options = list(row["options"] or ())
-    question = re.sub(r"<image\d+>", "", row["question"]) + ("\nOptions:\n" + lettered(options) if options else "")
-    item = {"problem": question, "image": row["decoded_image"], "answer": row["answer"].replace("\f", "\\f"),
-            "by": {"type": "choice" if options else "free", "level": row["level"], "subject": row["subject"]}}  # fmt: skip
-    if options and row["answer"] in list(LETTERS):  # some are just A to E, or pictures: then only the letter can be right
+    options, answer = list(row["options"] or ()), row["answer"].replace("\f", "\\f")
+    question = re.sub(r"<image\d+>", "", row["question"])
+    if options:
+        question += "\nOptions:\n" + lettered(options)
+    by = {"type": "choice" if options else "free", "level": row["level"], "subject": row["subject"]}
+    item = {"problem": question, "image": row["decoded_image"], "answer": answer, "by": by}
+    if options and answer in list(LETTERS):  # some options are just A to E, or pictures
         return item | {"rule": "choice", "choices": options}
     return item | {"rule": "rounded", "precision": 2}
 
 
 def mathverse(row: dict) -> dict:
-    """Official and NoisyRollout: a language model judges the extracted answer. A rule counts fewer free answers as right; compare the choices."""
-    choices = split_options(row["question_for_eval"].partition("Choices:")[2])
-    by = {"version": row["problem_version"], "type": row["question_type"], "subject": row["metadata"]["subject"]}
+    """Official: a language model judges. A rule counts fewer free answers as right; compare the choices."""
+    subject = row["metadata"]["subject"]
+    by = {"version": row["problem_version"], "type": row["question_type"], "subject": subject}
+    item = row | {"problem": row["query_cot"], "by": by}
     if label := re.fullmatch(r"\(?([A-J])\)?", row["answer"].strip()):
-        return row | {"problem": row["query_cot"], "answer": label[1], "rule": "choice", "choices": choices, "by": by}
-    return row | {"problem": row["query_cot"], "rule": "parts", "by": by}
+        choices = split_options(row["question_for_eval"].partition("Choices:")[2])
+        return item | {"answer": label[1], "rule": "choice", "choices": choices}
+    return item | {"rule": "parts"}
 
 
 def hallusionbench(row: dict) -> dict:
-    """The questions with a picture. aAcc is the accuracy; fAcc and qAcc count a figure, a question, only if all of its rows are right.
-    The paper's scale is aAcc. Official: judged by a language model, over these and the questions without a picture."""
-    where = [str(row[key]) for key in ("category", "subcategory", "set_id")]
+    """aAcc, the paper's, is the accuracy; fAcc and qAcc count a figure, a question, only if all of its rows
+    are right. Official: a language model judges, also questions without a picture, left out here."""
+    where = "/".join(str(row[key]) for key in ("category", "subcategory", "set_id"))
     question = row["question"] + "\nThe final answer can only be \\boxed{yes} or \\boxed{no}."
-    together = {"fAcc": "/".join([*where, str(row["figure_id"])]), "qAcc": "/".join([*where, str(row["question_id"])])}
-    by = {"category": row["category"], "subcategory": row["subcategory"]}
     answer = {"0": "no", "1": "yes"}[str(row["gt_answer"])]
-    return row | {"problem": question, "answer": answer, "rule": "yes_or_no", "by": by, "together": together}
+    item = row | {"problem": question, "answer": answer, "rule": "yes_or_no"}
+    together = {"fAcc": f"{where}/{row['figure_id']}", "qAcc": f"{where}/{row['question_id']}"}
+    by = {"category": row["category"], "subcategory": row["subcategory"]}
+    return item | {"by": by, "together": together}
 
 
 def mmmu(row: dict) -> dict:
-    """Also MMMU-Pro. Official: the same, but it searches the whole response, and guesses at random where it finds no option."""
-    options = [str(option) for option in ast.literal_eval(row["options"])]
-    shown = row.get("question") or "Answer the question in the picture by the letter of the option."  # MMMU-Pro's vision rows have both there
-    if options and row.get("question"):
+    """Also MMMU-Pro. Official: the same, but where no option is found it guesses at random."""
+    options, answer = [str(option) for option in ast.literal_eval(row["options"])], row["answer"]
+    shown = row.get("question") or "Answer the question in the picture by the letter of the option."
+    if options and row.get("question"):  # MMMU-Pro's vision rows have both in the picture
         shown += "\n" + lettered(options)
-    images = [row[f"image_{i}"] for i in re.findall(r"<image (\d)>", shown)] or [row.get("image") or row["image_1"]]
+    numbers = re.findall(r"<image (\d)>", shown)
+    images = [row[f"image_{i}"] for i in numbers] or [row.get("image") or row["image_1"]]
     by = {"subject": row.get("subject") or re.sub(r"^[a-z]+_|_\d+$", "", row["id"])}
-    item = {"problem": re.sub(r"<image \d>", tgrl.PLACEHOLDER, shown), "images": images, "answer": row["answer"], "by": by}
+    item = {"problem": re.sub(r"<image \d>", tgrl.PLACEHOLDER, shown), "images": images, "by": by}
     if options:
-        return item | {"rule": "choice", "choices": options}
-    answers = list(map(str, ast.literal_eval(row["answer"]))) if row["answer"].startswith("[") else row["answer"]
-    return item | {"rule": "any_of", "answer": answers}
+        return item | {"rule": "choice", "answer": answer, "choices": options}
+    if answer.startswith("["):
+        answer = [str(one) for one in ast.literal_eval(answer)]
+    return item | {"rule": "any_of", "answer": answer}
 
 
 def mmstar(row: dict) -> dict:
@@ -258,8 +269,8 @@ def mmstar(row: dict) -> dict:
 
 
 def ai2d(row: dict) -> dict:
-    question = f"{row['question']}\n{lettered(row['options'])}"
-    return row | {"problem": question, "answer": LETTERS[int(row["answer"])], "rule": "choice", "choices": row["options"]}
+    item = row | {"problem": f"{row['question']}\n{lettered(row['options'])}"}
+    return item | {"answer": LETTERS[int(row["answer"])], "rule": "choice", "choices": row["options"]}
 
 
 BENCHMARKS = {
@@ -276,286 +287,308 @@ BENCHMARKS = {
     "mmstar": Benchmark(mmstar, "Lin-Chen/MMStar", "val"),
     "ai2d": Benchmark(ai2d, "lmms-lab/ai2d", "test"),
     "toy": Benchmark(problems, "runs/toy/world/test.parquet", "test"),
-    "problems": Benchmark(problems, "", "test"),  # any: problems=held_out.jsonl
+    "problems": Benchmark(problems, "problems.jsonl", "test"),  # any: problems=held_out.jsonl
 }
-PAPER = {  # Tables 1 and 3: Qwen2.5-VL-7B, before and after training on Geo3K, in the order of the first five above
+FIVE = list(BENCHMARKS)[:5]  # the paper's
+PAPER = {  # Tables 1 and 3, in the order of FIVE: Qwen2.5-VL-7B, before and after training on Geo3K
     "paper, Qwen2.5-VL-7B": (63.10, 67.50, 46.20, 25.00, 64.60),
     "paper, GRPO": (67.40, 70.50, 50.80, 27.30, 69.80),
     "paper, DAPO": (69.30, 70.30, 50.60, 26.50, 67.90),
     "paper, TGRL-GRPO": (70.29, 71.50, 51.08, 27.41, 72.02),
     "paper, TGRL-DAPO": (71.05, 71.40, 55.21, 28.61, 71.29),
 }
-FIVE = list(BENCHMARKS)[:5]
 
-# ===== run: answer the questions, and record ==========================================================================
-
-ASKED = ("instruction", "system_prompt", "min_pixels", "max_pixels", "max_answer")  # what an answer depends on, besides the model
+# ===== 3. run: answer the questions, and record =======================================================
 
 
-def as_trained(model: str) -> dict:
-    """The prompt's options of the run that a model comes from, if it lies in the run's folder."""
-    for folder in list(Path(model).resolve().parents)[:3]:
-        if (folder / "metrics.jsonl").is_file() and (header := read_lines(folder / "metrics.jsonl")[:1]) and "config" in header[0]:
-            tgrl.say(f"asking as {folder / 'metrics.jsonl'} says the model was trained")
-            return {name: value for name, value in header[0]["config"].items() if name in ASKED}
-    return {}
+@dataclass
+class Run:
+    """Answer benchmarks into --out, a record for each row, and report. Continues where it was killed."""
+
+    model: tyro.conf.Positional[str] = ""  # hub id or folder; one in a training's folder is asked as trained
+    benchmarks: tyro.conf.Positional[tuple[str, ...]] = ()  # NAME, or NAME=PATH of a file or folder
+    out: Path = Path("runs/eval")  # folder of the records, begun or continued
+    temperature: float = 0.0  # 0: the likeliest answer
+    samples: int = 1  # answers a question, for mean@k and pass@k
+    rescore: bool = False  # only grade the records in --out again, without a model
+    instruction: str | None = None  # stands behind each question; this and the next three: None is as trained
+    min_pixels: int | None = None  # smaller pictures are enlarged to this many pixels
+    max_pixels: int | None = None  # larger pictures are reduced to this many pixels
+    max_answer: int | None = None  # answers are truncated after this many tokens
+    generate_batch: int = 64  # answers sampled at once on one process
+    seed: int = 1  # of sampling
+    limit: int = 0  # answer the first rows of each benchmark only; 0: all
 
 
-def weights(model: str) -> str | None:
-    """What tells the weights in a folder from those of the next training there: a digest of sixteen places in each file."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(model).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            for i in range(16):
-                file.seek(i * path.stat().st_size // 16)
-                digest.update(file.read(1 << 20))
-    return digest.hexdigest()[:16] if Path(model).exists() else None  # a hub id says it all
+ASKED = ("instruction", "min_pixels", "max_pixels", "max_answer")  # what an answer depends on, too
 
 
-def read_benchmark(name: str, source: str, limit: int) -> list[dict]:
-    """The rows; a folder may hold the benchmark's configuration, or its rows alone."""
-    benchmark, failures = BENCHMARKS[name], []
-    for config in dict.fromkeys((benchmark.config, None)):
-        try:
-            return list(itertools.islice(tgrl.read_rows(source, benchmark.split, config), limit or None))
-        except BadInput as error:
-            failures.append(error)
-    advice = f"\nOr download it where there is a network (`hf download --repo-type dataset {source} --local-dir FOLDER`), and say {name}=FOLDER"
-    raise BadInput(f"{failures[0]}{advice * (source == benchmark.hub and name != 'toy')}")
+def as_asked(options: Run) -> dict:
+    """How to ask: by the options, else as the training in whose folder the model lies, else by default."""
+    asked, model = {name: getattr(tgrl.Options, name) for name in ASKED}, Path(options.model)
+    paths = [folder / "metrics.jsonl" for folder in list(model.resolve().parents)[:3]]
+    if path := next((path for path in paths if model.exists() and path.is_file()), None):
+        tgrl.say(f"asking as {path} says the model was trained")
+        for header in tgrl.read_records(path):
+            asked |= {name: value for name, value in header.get("config", {}).items() if name in ASKED}
+    return asked | {name: getattr(options, name) for name in ASKED if getattr(options, name) is not None}
 
 
-class Row(dict):
-    def __missing__(self, name: str):
-        raise BadInput(f"it has no column {name!r}")
-
-
-def load(name: str, source: str, cfg: tgrl.Config) -> list[tuple[tgrl.Problem | None, dict]]:
-    """The questions, each with what its record says before it is answered; None: a row that cannot be read, which counts as wrong."""
-    rows, root = read_benchmark(name, source, cfg.limit), tgrl.picture_root(source, cfg.image_root)
-
-    def read(number, row):
-        record = {"row": number, "by": {}}
-        try:
-            item = {"choices": []} | BENCHMARKS[name].read(Row(row))
-            record |= {key: item[key] for key in ("rule", "choices", "precision", "by", "together") if key in item}
-            problem = dataclasses.replace(tgrl.read_problem(item, root), row=number)
-        except Exception as error:  # a row may hold anything
-            reason = str(error) if isinstance(error, BadInput) else f"{type(error).__name__} {error}"
-            return None, record | {"error": reason, "extracted": [None] * cfg.samples, "correct": [False] * cfg.samples}
-        answer = item["answer"] if isinstance(item["answer"], list) else problem.answer
-        return problem, record | {"id": problem.id, "answer": answer}
-
-    with ThreadPoolExecutor() as pool:
-        pairs = list(pool.map(read, itertools.count(), rows))
-    if not any(problem for problem, _ in pairs):
-        why = f"the first because {pairs[0][1]['error']}, its columns are: {', '.join(rows[0])}" if rows else "it is empty"
-        raise BadInput(f"{name}: none of the {len(rows)} rows of {source} can be read; {why}")
-    return pairs
-
-
-def check_same(path: Path, found: dict, wanted: dict):
-    """A file, and a folder, belong to one evaluation."""
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise BadInput(f"{path} is of another evaluation: {key} is {found.get(key)!r} there and {value!r} here. Give another --out")
-
-
-def begin(path: Path, header: dict, pairs: list) -> set[int]:
-    """Open the file of a benchmark, or go on with it if it is of this same evaluation: -> the rows that are answered."""
-    found, *records = (read_lines(path) if path.exists() else []) or [{}]
-    if records or (found and "tgrl_eval" not in found):
-        check_same(path, found, header)
-    ids, answered = {record["row"]: record.get("id") for _, record in pairs}, [r for r in records if "texts" in r]
-    for r in answered:
-        if ids.get(r["row"]) != r["id"]:
-            changed = f"row {r['row']} of {header['source']} was another question, or readable, when it was answered"
-            raise BadInput(f"{path}: {changed}. Give another --out")
-    versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "math-verify")}
-    tgrl.write_records(path, [{"versions": versions} | found | header, *(record for problem, record in pairs if not problem), *answered])
-    return {r["row"] for r in answered}
-
-
-def evaluate(path: Path, items: list, done: set[int], encoder: tgrl.Encoder, model, accelerator, temperature: float):
-    """Answer what is not answered yet, longest questions first, and append a line an item."""
-    cfg, main = encoder.cfg, accelerator.is_main_process
-    # One division into batches, whatever is done already and however many processes there are: the same batches give the same answers.
-    items = sorted(items, key=lambda item: (-encoder.length(item[0]), item[0].row))
-    parts = tgrl.batches(items, cfg.generate_batch // cfg.samples)
-    todo = [part for part in parts if not done.issuperset(problem.row for problem, _ in part)]
-    tgrl.say(f"{path}: {sum(map(len, todo))} of {len(items)} questions to answer")
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
-    with tgrl.tqdm(total=sum(map(len, mine)), unit="question", desc=path.stem, disable=None if main else True) as bar:
-        for part in mine:
-            torch.manual_seed(hash((cfg.seed, part[0][0].row)))
-            start = time.perf_counter()
-            answers = tgrl.sample(model, encoder, [encoder(p) for p, _ in part], cfg.samples, temperature)
-            seconds, lines = round((time.perf_counter() - start) / len(part), 3), []
-            for (problem, record), some in zip(part, answers):
-                texts = [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in some]
-                prompt = hashlib.sha256(encoder.text(problem).encode()).hexdigest()[:16]
-                finished = [ids[-1] in encoder.ends for ids in some]
-                lines.append(record | {"prompt": prompt, "seconds": seconds, "texts": texts, "finished": finished} | judge(texts, record))
-            tgrl.append_records(path, [line for line in lines if line["row"] not in done])
-            bar.update(len(part))
-
-
-def regrade(out: Path):
-    """Grade the recorded answers again, without a model; then the report."""
-    for name, (header, records) in evaluations(out).items():
-        judged = {row: record | judge(record["texts"], record) if "texts" in record else record for row, record in records.items()}
-        changed = [row for row in records if records[row]["correct"] != judged[row]["correct"]]
-        header["versions"]["math-verify"] = importlib.metadata.version("math-verify")
-        tgrl.write_records(out / f"{name}.jsonl", [header, *judged.values()])
-        print(f"{name}: {len(changed)} of {len(records)} verdicts changed" + f": rows {changed[:20]}" * bool(changed))
-    report(out)
-
-
-def run(model: str, benchmarks: list[str], out: Path, temperature: float = 0.0, rescore: bool = False, **options):
-    """Benchmarks of a model into OUT, a file each; then the report on everything that OUT holds."""
-    if rescore and model:
-        raise BadInput("--rescore grades what is recorded in --out again; give it that, and no model")
-    if rescore:
-        return regrade(out)
-    if not benchmarks:
-        raise BadInput(f"give a model and benchmarks, name or name=path; known are {', '.join(BENCHMARKS)}")
-    sources = {}
-    for name, _, path in (text.partition("=") for text in benchmarks):
+def read_sources(options: Run) -> dict[str, str]:
+    """Benchmark -> hub id or path."""
+    known, sources = f"known are {', '.join(BENCHMARKS)}", {}
+    for name, _, path in (text.partition("=") for text in options.benchmarks):
         if name not in BENCHMARKS:
-            raise BadInput(f"there is no benchmark {name!r}; known are {', '.join(BENCHMARKS)}")
+            raise BadInput(f"there is no benchmark {name!r}; {known}")
         if name in sources:
-            raise BadInput(f"{name} is there twice; a folder holds one evaluation of it, so give each an --out")
+            raise BadInput(f"{name} is there twice; give each an evaluation, and an --out, of its own")
         sources[name] = path or BENCHMARKS[name].hub
-        if not sources[name]:
-            raise BadInput(f"{name} needs a file: {name}=questions.jsonl")
-    if temperature < 0 or (options.get("samples", 1) > 1 and not temperature):
-        raise BadInput("--temperature must be 0 or more, and above 0 with --samples above 1: greedy answers are all the same")
-    cfg = tgrl.Config(model=model, **{"samples": 1, **as_trained(model), **options})
-    accelerator = tgrl.start_processes()
-    loaded = {name: load(name, source, cfg) for name, source in sources.items()}  # all, before the first long wait
-    net, processor = tgrl.load_model(model, torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32)
-    encoder, net = tgrl.Encoder(processor, net, cfg), net.to(accelerator.device)
-    place = lambda source: str(Path(source).resolve()) if Path(source).exists() else source  # noqa: E731
-    asked = {"model": place(model), "weights": weights(model), "temperature": temperature, "dtype": str(net.dtype)}
-    asked |= {key: getattr(cfg, key) for key in ("samples", "seed", *ASKED)}
-    done = {}
-    if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, (header, _) in evaluations(out, empty=True).items():
-            check_same(out / f"{name}.jsonl", header, asked)
-        for name, pairs in loaded.items():
-            header = {"tgrl_eval": name, "source": place(sources[name]), "rows": len(pairs), "limit": cfg.limit, **asked}
-            done[name] = begin(out / f"{name}.jsonl", header, pairs)
-    [done] = broadcast_object_list([done])
-    for name, pairs in loaded.items():
-        evaluate(out / f"{name}.jsonl", [pair for pair in pairs if pair[0]], done[name], encoder, net, accelerator, temperature)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        report(out)
+    if not sources:
+        raise BadInput(f"give a model and benchmarks, name or name=path; {known}")
+    return sources
 
 
-# ===== The report, and compare ========================================================================================
+def root_of(source: str) -> Path:
+    """Where relative paths of pictures start."""
+    return Path(source) if Path(source).is_dir() else Path(source).parent
 
 
-def evaluations(out: Path, empty: bool = False) -> dict[str, tuple[dict, dict[int, dict]]]:
-    """Benchmark -> (header, records by row) of what `run` wrote into a folder."""
-    files = {name: read_lines(out / f"{name}.jsonl") for name in BENCHMARKS if (out / f"{name}.jsonl").is_file()}
-    found = {name: (lines[0], {record["row"]: record for record in lines[1:]}) for name, lines in files.items() if len(lines) > 1 and "tgrl_eval" in lines[0]}
-    if not found and not empty:
-        raise BadInput(f"{out} holds no evaluation; give the --out of `eval.py run`")
+def load(name: str, source: str, limit: int) -> list[dict]:
+    """The rows; an error if none of them can be read, as when columns are missing."""
+    benchmark, why = BENCHMARKS[name], "there are none"
+    rows = list(itertools.islice(tgrl.read_rows(source, benchmark.split, benchmark.config), limit or None))
+    for row in rows:
+        try:
+            tgrl.read_problem(benchmark.read(row), root_of(source))
+            return rows
+        except Exception as error:  # a row may hold anything
+            why = f"{type(error).__name__}: {error}. Its columns are {', '.join(row)}"
+    raise BadInput(f"{name}: none of the {len(rows)} rows of {source} can be read; {why}")
+
+
+def evaluations(out: Path) -> dict[str, tuple[dict, dict[int, dict]]]:
+    """Benchmark -> (header, records by row) of a folder; of two records of a row the later one counts."""
+    found = {}
+    for name in BENCHMARKS:
+        path = out / f"{name}.jsonl"
+        records = list(tgrl.read_records(path)) if path.is_file() else []
+        if records and "tgrl_eval" not in records[0]:
+            raise BadInput(f"{path} is no evaluation, but has the name of one. Give another --out")
+        if records:
+            found[name] = records[0], {record["row"]: record for record in records[1:]}
     return found
 
 
+def changed(place: str) -> float | None:
+    """When a file, or the newest in a folder, was written: nobody continues with other weights or data."""
+    files = [Path(place)] if Path(place).is_file() else Path(place).glob("*")
+    return max((file.stat().st_mtime for file in files), default=None)
+
+
+def begin(out: Path, headers: dict[str, dict], how: dict) -> dict[str, set[int]]:
+    """Begin a file for each benchmark, or go on with it if it is of this evaluation: -> rows answered."""
+    found = evaluations(out)
+    for name, (header, _) in found.items():  # all in one folder are of one model, asked in one way
+        for key, value in headers.get(name, how).items():
+            if header.get(key) != value:
+                there = f"{key} is {header.get(key)!r} there and {value!r} here"
+                raise BadInput(f"{out}/{name}.jsonl is of another evaluation: {there}. Give another --out")
+    versions = {name: version(name) for name in ("torch", "transformers", "math-verify")}
+    out.mkdir(parents=True, exist_ok=True)
+    for name in headers.keys() - found.keys():
+        tgrl.append_records(out / f"{name}.jsonl", [headers[name] | {"versions": versions}])
+    return {name: set(found[name][1]) if name in found else set() for name in headers}
+
+
+def answer_batch(part: list, name: str, root: Path, encoder: tgrl.Encoder, model, options: Run) -> list[dict]:
+    """The records of some rows, (number, row) pairs, that are answered at once."""
+    prompts, asked, records = [], [], []
+    for index, row in part:
+        record = {"row": index, "by": {}}
+        try:
+            item = {"choices": []} | BENCHMARKS[name].read(row)
+            kept = ("rule", "answer", "choices", "precision", "by", "together")
+            record |= {key: item[key] for key in kept if key in item}
+            problem = tgrl.read_problem(item, root)
+            answer = item["answer"] if isinstance(item["answer"], list) else problem.answer
+            record |= {"id": problem.id, "answer": answer}
+            prompts.append(encoder(problem))
+            asked.append(record)
+        except Exception as error:  # a row may hold anything
+            wrong = {"extracted": [None] * options.samples, "correct": [False] * options.samples}
+            records.append(record | wrong | {"error": f"{type(error).__name__}: {error}"})
+    torch.manual_seed(hash((options.seed, part[0][0])))
+    answers = tgrl.sample(model, encoder, prompts, options.samples, options.temperature) if prompts else []
+    for record, some in zip(asked, answers, strict=True):
+        texts = [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in some]
+        finished = [ids[-1] in encoder.ends for ids in some]
+        records.append(record | {"texts": texts, "finished": finished} | judge(texts, record))
+    return records
+
+
+def evaluate(header: dict, rows: list, done: set, encoder: tgrl.Encoder, model, options: Run, accelerator):
+    """Answer what is not answered yet, each process its share of the batches."""
+    name, root = header["tgrl_eval"], root_of(header["source"])
+    # One division into batches, whatever is done and however many processes: so answers stay the same.
+    parts = tgrl.batches(list(enumerate(rows)), options.generate_batch // options.samples)
+    todo = [part for part in parts if not done.issuperset(i for i, _ in part)]
+    mine = todo[accelerator.process_index :: accelerator.num_processes]
+    for part in tqdm(mine, unit="batch", desc=name, disable=None if accelerator.is_main_process else True):
+        records = answer_batch(part, name, root, encoder, model, options)
+        tgrl.append_records(options.out / f"{name}.jsonl", [r for r in records if r["row"] not in done])
+
+
+# ===== 4. The report: table, summary.json, bars.png ===================================================
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito's
+GREY = "#5b6470"
+
+
 def wilson(right: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927), which stays within 0 and 1, and is right for few rows, too."""
+    """The 95 % interval of a share (Wilson 1927), which stays in 0 to 1 and is right for few rows, too."""
     centre, half = right + z * z / 2, z * math.sqrt(right * (n - right) / n + z * z / 4)
     return (centre - half) / (n + z * z), (centre + half) / (n + z * z)
 
 
-def bootstrap(values: list[float], resamples: int = 10_000) -> tuple[float, float]:
-    """The 95 % percentile interval of a mean over items."""
-    distinct, counts = np.unique(values, return_counts=True)  # drawing items again is drawing how often each value comes
-    means = np.random.default_rng(0).multinomial(len(values), counts / len(values), resamples) @ distinct / len(values)
-    return tuple(np.quantile(means, (0.025, 0.975)).tolist())
-
-
-def score(records: list[dict]) -> dict:
-    """Accuracy (mean@k) and pass@k, each with its 95 % interval; that of mean@k is as wide as if there were one answer to each."""
-    k, n = max(len(r["correct"]) for r in records), len(records)
-    right = sum(statistics.fmean(r["correct"]) for r in records)
+def score(verdicts: list[list[bool]]) -> dict:
+    """Accuracy (mean@k) and pass@k of rows; the interval is as wide as for one answer to each row."""
+    n, right = len(verdicts), sum(map(statistics.fmean, verdicts))
     result = {"rows": n, "accuracy": right / n, "interval": wilson(right, n)}
-    if k > 1:
-        passed = sum(any(r["correct"]) for r in records)
-        result |= {f"pass@{k}": passed / n, f"pass@{k} interval": wilson(passed, n)}
+    if (k := max(map(len, verdicts))) > 1:
+        result[f"pass@{k}"] = sum(map(any, verdicts)) / n
     return result
 
 
-def summarize(header: dict, records: dict[int, dict]) -> dict:
-    groups, together, records = collections.defaultdict(list), collections.defaultdict(list), records.values()
+def by_group(records: list[dict]) -> dict:
+    """The scores of what a benchmark reports apart."""
+    groups, together = collections.defaultdict(list), collections.defaultdict(list)
     for record in records:
         for kind, value in record["by"].items():
-            groups[f"{kind}: {value}"].append(record)
+            groups[f"{kind}: {value}"].append(record["correct"])
         for kind, value in record.get("together", {}).items():
             together[kind, value].append(record["correct"])
     for (kind, _), some in together.items():  # right together is right in all of them
-        groups[kind].append({"correct": [all(column) for column in zip(*some)]})
-    return score(records) | {
-        "of": header["rows"], "limit": header.get("limit"), "model": header["model"], "samples": header["samples"],
-        "unreadable": sum("error" in r for r in records),
-        "no answer found": sum(said is None for r in records if "error" not in r for said in r["extracted"]),
-        "cut off": sum(not done for r in records for done in r.get("finished", [])),
-        "by": {name: score(some) for name, some in sorted(groups.items())},
-    }  # fmt: skip
+        groups[kind].append([all(column) for column in zip(*some, strict=True)])
+    return {name: score(some) for name, some in sorted(groups.items())}
+
+
+def summarize(header: dict, records: dict[int, dict]) -> dict:
+    readable, errors = [r for r in records.values() if "error" not in r], collections.defaultdict(list)
+    for row, record in records.items():
+        if "error" in record:
+            errors[record["error"]].append(row)
+    return score([record["correct"] for record in records.values()]) | {
+        "of": header["rows"],
+        "limit": header["limit"],
+        "model": header["model"],
+        "unreadable": errors,
+        "no answer found": sum(r["extracted"].count(None) for r in readable),
+        "cut off": sum(r["finished"].count(False) for r in readable),
+        "grader errors": sum(r["grader_errors"] for r in readable),
+        "by": by_group(records.values()),
+    }
 
 
 def told(name: str, s: dict) -> str:
     low, high = s["interval"]
-    passed = "".join(f"   {key} {s[key]:6.1%}" for key in s if key.startswith("pass@") and not key.endswith("interval"))
-    return f"{name:34} {s['rows']:5}   {s['accuracy']:6.1%}   {low:6.1%} to {high:6.1%}{passed}"
+    passed = "".join(f"   {key} {s[key]:6.1%}" for key in s if key.startswith("pass@"))
+    return f"{name[:34]:34} {s['rows']:5}   {s['accuracy']:6.1%}   {low:6.1%} to {high:6.1%}{passed}"
 
 
-def report(out: Path):
-    """The table, summary.json and bars.png of a folder of evaluations."""
-    found = evaluations(out)
-    summaries = {name: summarize(*some) for name, some in found.items()}
+def print_table(summaries: dict):
     print(f"\n{'':35} rows accuracy   95 % interval")
     for name, s in summaries.items():
-        print(told(name, s) + f"   NOT FINISHED, of {s['of']} rows" * (s["rows"] < s["of"]) + "   ONLY THE FIRST ROWS" * bool(s["limit"]))
+        unfinished = f"   NOT FINISHED, of {s['of']} rows" if s["rows"] < s["of"] else ""
+        print(told(name, s) + unfinished + ("   ONLY THE FIRST ROWS" if s["limit"] else ""))
         for group, some in s["by"].items():
-            print(told(f"  {group}"[:34], some))
-        print(f"  no answer found in {s['no answer found']}, cut off {s['cut off']}")
-    for name, (_, records) in found.items():
-        left_out = [(row, record["error"]) for row, record in records.items() if "error" in record]
-        tgrl.report_left_out(out / f"{name}.jsonl", left_out, len(records), fate="unreadable, counted as wrong")
-    finished = {name: 100 * s["accuracy"] for name, s in summaries.items() if s["rows"] == s["of"] and not s["limit"]}
-    here = [finished.get(name, math.nan) for name in FIVE]
-    if any(name in summaries for name in FIVE):
-        print(f"\n{'in %':22}" + "".join(f"{name:>16}" for name in FIVE) + f"{'average':>10}")
-        for method, values in {"here": here, **PAPER}.items():
-            numbers = "".join(f"{value:16.2f}" for value in values) + f"{statistics.fmean(values):10.2f}"
-            print(f"{method:22}" + numbers.replace("nan", "  –"))
-        print("The paper's models (Tables 1 and 3) are 7B, trained on Geo3K; it does not tell its prompt, pixels, nor grader.")
-    average = statistics.fmean(here) / 100 if all(name in finished for name in FIVE) else None
-    (out / "summary.json").write_text(json.dumps({"average of the five": average, "benchmarks": summaries}, indent=1))
-    draw_bars({out.resolve().name: summaries}, out / "bars.png")
-    print(f"\nwrote {os.path.relpath(out / 'summary.json')} and {os.path.relpath(out / 'bars.png')}")
+            print(told(f"  {group}", some))
+        counts = [f"{what} {s[what]}" for what in ("no answer found", "cut off", "grader errors")]
+        print(f"  {', '.join(counts)}")
+        for reason, rows in s["unreadable"].items():
+            print(f"  counted as wrong: {len(rows)} rows unreadable, {reason}: rows {rows[:8]}")
+
+
+def print_paper(here: list[float]):
+    """The paper's rows beside ours, in %."""
+    print(f"\n{'in %':22}" + "".join(f"{name:>16}" for name in FIVE) + f"{'average':>10}")
+    for method, values in {"here": [100 * share for share in here], **PAPER}.items():
+        numbers = "".join(f"{value:16.2f}" for value in values) + f"{statistics.fmean(values):10.2f}"
+        print(f"{method:22}" + numbers.replace("nan", "  –"))
+    print("The paper's models are 7B, trained on Geo3K; it tells neither its prompt, pixels, nor grader.")
 
 
 def draw_bars(runs: dict[str, dict], path: Path):
-    from matplotlib.figure import Figure
-
     names, width = list(next(iter(runs.values()))), 0.8 / len(runs)
-    figure = Figure(figsize=(1.6 + 1.1 * len(names) * max(1, len(runs) / 2), 3.6), dpi=150, layout="constrained")
+    size = (1.6 + 1.1 * len(names) * max(1, len(runs) / 2), 3.6)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     axes, places = figure.subplots(), np.arange(len(names))
     for i, (label, summaries) in enumerate(runs.items()):
-        shares, intervals = (100 * np.array([s[key] for s in summaries.values()]) for key in ("accuracy", "interval"))
+        shares = 100 * np.array([s["accuracy"] for s in summaries.values()])
+        intervals = 100 * np.array([s["interval"] for s in summaries.values()])
         style = dict(color=COLORS[i], label=label, ecolor="#222", capsize=3)
         bars = axes.bar(places + i * width, shares, width * 0.92, yerr=abs(intervals.T - shares), **style)
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     axes.set_xticks(places + width * (len(runs) - 1) / 2, names, rotation=20, ha="right")
     axes.set(ylabel="accuracy, %, 95 % interval", ylim=(0, 100))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right", fontsize=8)
+    figure.legend(loc="outside upper left", frameon=False, fontsize=8)
     figure.savefig(path, facecolor="white")
+
+
+def report(out: Path):
+    """The table, summary.json and bars.png of all evaluations in a folder."""
+    summaries = {name: summarize(*pair) for name, pair in evaluations(out).items() if pair[1]}
+    if not summaries:
+        raise BadInput(f"{out} holds no evaluation; give the --out of `eval.py run`")
+    print_table(summaries)
+    whole = {name: s["accuracy"] for name, s in summaries.items() if s["rows"] == s["of"] and not s["limit"]}
+    here = [whole.get(name, math.nan) for name in FIVE]
+    if any(name in summaries for name in FIVE):
+        print_paper(here)
+    average = None if math.isnan(sum(here)) else statistics.fmean(here)
+    summary = {"average of the five": average, "benchmarks": summaries}
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    draw_bars({out.resolve().name: summaries}, out / "bars.png")
+    print(f"\nwrote {out}/summary.json and bars.png")
+
+
+def rescore(out: Path):
+    """Grade the recorded answers again, without a model; then the report."""
+    for name, (_, records) in evaluations(out).items():
+        judged = {row: r | judge(r["texts"], r) for row, r in records.items() if "texts" in r}
+        changed = [row for row in judged if records[row]["correct"] != judged[row]["correct"]]
+        tgrl.append_records(out / f"{name}.jsonl", [r for row, r in judged.items() if r != records[row]])
+        print(f"{name}: {len(changed)} of {len(records)} verdicts changed: rows {changed[:20]}")
+    report(out)
+
+
+def run(options: Run):
+    if options.rescore:
+        return rescore(options.out)
+    if min(options.samples - 1, options.limit, options.temperature) < 0:
+        raise BadInput("--samples must be at least 1, and --temperature and --limit at least 0")
+    if options.samples > 1 and not options.temperature:
+        raise BadInput("--samples above 1 needs --temperature above 0: greedy answers are all the same")
+    sources, asked = read_sources(options), as_asked(options)
+    accelerator, dtype = tgrl.start_processes()
+    loaded = {name: load(name, source, options.limit) for name, source in sources.items()}
+    model, processor = tgrl.load_model(options.model, dtype)
+    encoder, model = tgrl.Encoder(processor, model, tgrl.Options(**asked)), model.to(accelerator.device)
+    how = {"model": options.model, "weights of": changed(options.model), "dtype": str(dtype), **asked}
+    how |= {name: getattr(options, name) for name in ("temperature", "samples", "seed", "limit")}
+    headers = {name: {"tgrl_eval": name, "source": sources[name]} | how for name in loaded}
+    for name, rows in loaded.items():
+        headers[name] |= {"data of": changed(sources[name]), "rows": len(rows)}
+    main = accelerator.is_main_process  # which alone looks what is done, so that all know the same
+    [done] = broadcast_object_list([begin(options.out, headers, how) if main else None])
+    for name, rows in loaded.items():
+        evaluate(headers[name], rows, done[name], encoder, model, options, accelerator)
+    accelerator.wait_for_everyone()
+    if main:
+        report(options.out)
+
+
+# ===== 5. compare: two evaluations, item by item ======================================================
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -564,318 +597,198 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
-def compare(a: Path, b: Path, flips: int):
-    """B against A on the items that both have answered."""
+def bootstrap(values: list[float], resamples: int = 10_000) -> tuple[float, float]:
+    """The 95 % percentile interval of a mean over items."""
+    distinct, counts = np.unique(values, return_counts=True)  # draw how often each value comes
+    drawn = np.random.default_rng(0).multinomial(len(values), counts / len(values), resamples)
+    return tuple(np.quantile(drawn @ distinct / len(values), (0.025, 0.975)).tolist())
+
+
+@dataclass
+class Compare:
+    """Two evaluations on the items that both have answered."""
+
+    a: tyro.conf.Positional[Path]  # the --out of an evaluation
+    b: tyro.conf.Positional[Path]  # of another
+    flips: int = 10  # how many to name of the items that only one got right
+
+
+def common_rows(name: str, records: dict, others: dict) -> list[int]:
+    rows = [row for row in records if row in others]
+    ids = [(records[row].get("id"), others[row].get("id")) for row in rows]
+    if not rows or any(None not in pair and pair[0] != pair[1] for pair in ids):
+        raise BadInput(f"{name}: the rows hold different questions; were both made from the same data?")
+    return rows
+
+
+def compare_one(name: str, first: tuple, second: tuple, rows: list[int], flips: int):
+    (header, records), (other, others) = first, second
+    a, b = (np.array([statistics.fmean(some[row]["correct"]) for row in rows]) for some in (records, others))
+    low, high = bootstrap(b - a)
+    only_a, only_b = (np.array(rows)[more].tolist() for more in (a > b, b > a))
+    p = f"{mcnemar(len(only_a), len(only_b)):.3g}" if header["samples"] == other["samples"] == 1 else "–"
+    shares = f"{len(rows):5}   {a.mean():6.1%}   {b.mean():6.1%}   {(b - a).mean():+6.1%}"
+    print(f"{name:16} {shares}   {low:+6.1%} to {high:+6.1%}   {p}")
+    for which, some in (("A", only_a), ("B", only_b)):
+        if some:
+            print(f"    right only in {which}: {len(some)} rows, {some[:flips]}")
+    what = ("source", "rows", "samples", "temperature", "dtype", *ASKED)
+    if different := [key for key in what if header.get(key) != other.get(key)]:
+        print(f"    take care, they differ in: {', '.join(different)}")
+
+
+def compare(a: Path, b: Path, flips: int = 10):
+    """B against A."""
     first, second = evaluations(a), evaluations(b)
     names = [name for name in first if name in second]
     if not names:
-        raise BadInput(f"{a} has {', '.join(first)} and {b} has {', '.join(second)}: nothing in common")
-    print(f"A: {a}, {first[names[0]][0]['model']}\nB: {b}, {second[names[0]][0]['model']}")
+        raise BadInput(f"{a} has {list(first)} and {b} has {list(second)}: no benchmark in common")
+    print(f"A: {a}, {first[names[0]][0]['model']}\nB: {b}, {second[names[0]][0]['model']}\n")
+    print(f"{'':16} items        A        B    B − A   95 % interval       p (exact McNemar)")
     shown = {f"A: {a.resolve().name}": {}, f"B: {b.resolve().name}": {}}
-    print(f"\n{'':16} items        A        B    B − A   95 % interval       only A  only B   p (McNemar, exact)")
     for name in names:
-        (header, records), (other, others) = first[name], second[name]
-        rows = [row for row in records if row in others]
-        if not rows or any(records[row].get("id", id) != id for row in rows if (id := others[row].get("id"))):
-            raise BadInput(f"{name}: rows of {a} and {b} hold different questions; were they made from the same data?")
-        for summaries, (head, some) in zip(shown.values(), (first[name], second[name])):
-            summaries[name] = summarize(head, {row: some[row] for row in rows})
-        right_a, right_b = (np.array([statistics.fmean(some[row]["correct"]) for row in rows]) for some in (records, others))
-        low, high = bootstrap(right_b - right_a)
-        only_a, only_b = ([row for row, more in zip(rows, where) if more] for where in (right_a > right_b, right_b > right_a))
-        p = f"{mcnemar(len(only_a), len(only_b)):.3g}" if header["samples"] == other["samples"] == 1 else "–"
-        print(f"{name:16} {len(rows):5}   {right_a.mean():6.1%}   {right_b.mean():6.1%}   {(right_b - right_a).mean():+6.1%}   "
-              f"{low:+6.1%} to {high:+6.1%}   {len(only_a):6}  {len(only_b):6}   {p}")  # fmt: skip
-        for which, some in (("A", only_a), ("B", only_b)):
-            if flips and some:
-                print(f"    right only in {which}: rows {', '.join(map(str, some[:flips]))}" + f" and {len(some) - flips} more" * (len(some) > flips))
-        different = [key for key in ("source", "samples", "temperature", *ASKED, "dtype") if header.get(key) != other.get(key)]
-        if different or len(rows) < max(len(records), len(others)):
-            print(f"    take care: {len(records)} and {len(others)} rows, {len(rows)} in both" + "".join(f"; another {key}" for key in different))
+        rows = common_rows(name, first[name][1], second[name][1])
+        compare_one(name, first[name], second[name], rows, flips)
+        for summaries, (header, records) in zip(shown.values(), (first[name], second[name]), strict=True):
+            summaries[name] = summarize(header, {row: records[row] for row in rows})
     draw_bars(shown, b / "compare.png")
-    print(f"\nwrote {os.path.relpath(b / 'compare.png')}")
+    print(f"\nwrote {b / 'compare.png'}")
 
 
-# ===== show: reading a training =======================================================================================
+# ===== 6. show: curves.png and groups.html of trainings ===============================================
 
 
-class Run(typing.NamedTuple):
+class Training(NamedTuple):
     folder: Path
-    config: dict
-    steps: list[dict]  # metrics.jsonl without its first line
-    groups: list[dict]
     name: str
+    config: dict
+    steps: list[dict]  # a record of each step
+    groups: list[dict]  # a record of each group that was kept
 
 
-def read_run(folder: Path) -> Run:
-    header, *steps = read_lines(folder / "metrics.jsonl") or [{}]
-    groups = read_lines(folder / "groups.jsonl") if steps else []
-    if not groups:
-        raise BadInput(f"{folder} has no finished step; wait for the first step, or train again")
-    return Run(folder, header["config"], steps, groups, header["method"])
+def read_training(folder: Path) -> Training:
+    """Of two records of the same step, or the same group in it, the later counts: a resumed run repeats."""
+    paths = (folder / "metrics.jsonl", folder / "groups.jsonl")
+    metrics, groups = (list(tgrl.read_records(path)) if path.is_file() else [] for path in paths)
+    headers = [record for record in metrics if "config" in record]
+    steps = {record["step"]: record for record in metrics if "step" in record}
+    groups = {(r["step"], r["question"], *r["images"]): r for r in groups}
+    if not headers or not steps or not groups:
+        raise BadInput(f"{folder} has no finished step; give the --out of a training, after its first step")
+    in_order = [sorted(some.values(), key=lambda record: record["step"]) for some in (steps, groups)]
+    return Training(folder, headers[-1]["method"], headers[-1]["config"], *in_order)
 
 
-# ===== curves.png =====================================================================================================
+PANELS = {
+    "accuracy": "Held-out accuracy",
+    "reward": "Reward of the policy",
+    "expert_reward": "Reward of the expert",
+    "rectified": "Wrong answers that the policy put right",
+    "contrast": "Groups with contrast",
+    "entropy": "Entropy of the policy (nats)",
+    "expert_coefficient": r"Expert tokens: coefficient $\tilde{r}$ (Eq. 23)",
+    "expert_delta": r"Expert tokens: $\Delta$ (Eq. 18, nats)",
+    "grad_norm": "Gradient norm",
+    "answer_tokens": "Tokens an answer",
+}
+STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "lines.linewidth": 1.4}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e9ed"}
+STYLE |= {"xtick.color": GREY, "ytick.color": GREY}
 
 
-class Panel(typing.NamedTuple):
-    title: str
-    lines: dict[str, str]  # metric -> its name in the legend of the panel; the first is solid, the second dashed
-    percent: bool = False
-    from_zero: bool = True
-
-
-PANELS = (
-    Panel("Held-out accuracy", {"accuracy": ""}, percent=True, from_zero=False),
-    Panel("Reward", {"reward": "policy", "expert_reward": "expert"}),
-    Panel("Groups with contrast", {"contrast": "all", "rescued_by_expert": "only thanks to the expert"}, percent=True),
-    Panel("Wrong answers that the policy put right", {"rectified": ""}, percent=True),
-    Panel("Entropy of the policy (nats)", {"entropy": ""}),
-    Panel(r"Expert tokens: coefficient $\tilde{r}$ (Eq. 23)", {"expert_coefficient": ""}),
-    Panel(r"Expert tokens: $\Delta$ (Eq. 18, nats)", {"expert_delta": ""}, from_zero=False),
-    Panel("Gradient norm", {"grad_norm": ""}),
-    Panel("Tokens an answer", {"answer_tokens": ""}),
-    Panel("Seconds a step", {"seconds": "all", "seconds_rollout": "rollouts"}),
-)
-
-
-def draw_curves(runs: list[Run], path: Path):
-    """Small multiples: one panel a quantity, one colour a run. What no run has measured gets no panel."""
-    import matplotlib
-    from matplotlib.figure import Figure  # not pyplot: no window and no global state, PNGs are drawn by Agg
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    def points(run, metric):
-        if metric == "rescued_by_expert" and not run.config["n_off"]:
-            return np.empty((2, 0))  # a line of zeros would say that there was an expert
-        pairs = [(record["step"], record[metric]) for record in run.steps if isinstance(record.get(metric), int | float)]
-        return np.array([pair for pair in pairs if math.isfinite(pair[1])], dtype=float).reshape(-1, 2).T
-
-    panels = [p for p in PANELS if any(points(run, metric).size for run in runs for metric in p.lines)]
-    columns = min(4 if len(panels) in (4, 7, 8) else 3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    last = max(1, *(record["step"] for run in runs for record in run.steps))
-    style = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-             "axes.edgecolor": "#9aa3ad", "axes.grid": True, "grid.color": "#e6e9ed", "xtick.color": GREY, "ytick.color": GREY}  # fmt: skip
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(3.8 * columns, 2.6 * rows + 0.9), dpi=150, layout="constrained")
-        for place, panel in enumerate(panels, 1):
-            axes, drawn = figure.add_subplot(rows, columns, place), {}
+def draw_curves(runs: list[Training], names: list[str], path: Path):
+    """One panel a quantity, one colour a run. What no run has measured gets no panel."""
+    measured = {metric for run in runs for record in run.steps for metric in record}
+    metrics = [metric for metric in PANELS if metric in measured]
+    rows = math.ceil(len(metrics) / 3)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11.4, 2.6 * rows + 0.9), dpi=150, layout="constrained")
+        for place, metric in enumerate(metrics, 1):
+            axes = figure.add_subplot(rows, 3, place, title=PANELS[metric])
             for i, run in enumerate(runs):
-                for (metric, label), dash in zip(panel.lines.items(), ("-", (0, (4, 2)))):
-                    x, y = points(run, metric)
-                    if not x.size:
-                        continue
-                    # accuracy is measured rarely, on all held-out questions: each point counts. The rest is noise around a trend
-                    width = 1 if metric == "accuracy" else len(y) // 15 * 2 + 1
-                    window = np.hanning(width + 2)[1:-1]
-                    mean = np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")
-                    color = COLORS[i % len(COLORS)]
-                    marker = "o" if metric == "accuracy" or len(y) == 1 else None
-                    axes.plot(x, mean, color=color, linestyle=dash, linewidth=1.7, marker=marker, markersize=3.5, clip_on=False)
-                    if width > 1:
-                        axes.plot(x, y, color=color, linewidth=0.7, alpha=0.3)
-                    drawn[label] = Line2D([], [], color=GREY, linestyle=dash)
-            axes.set_title(panel.title)
-            if panel.from_zero:
-                axes.set_ylim(bottom=0)  # a small change shall look small
-            if panel.percent:
-                axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
-                axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-            axes.set_xlim(-0.03 * last, 1.03 * last)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
-            if len(drawn) > 1:
-                axes.legend(drawn.values(), drawn, frameon=False, fontsize=8, labelcolor=GREY, loc="best")
-            if place > len(panels) - columns:  # the lowest of each column
-                axes.set_xlabel("step", color=GREY)
+                points = [(record["step"], record[metric]) for record in run.steps if metric in record]
+                x, y = zip(*points, strict=True) if points else ((), ())
+                axes.plot(x, y, color=COLORS[i % len(COLORS)], marker="." if len(x) < 20 else None)
+            if metric != "expert_delta":  # which may be negative
+                axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # a small change shall look small
         handles = [Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2.5) for i in range(len(runs))]
-        figure.legend(handles, [run.name for run in runs], loc="outside upper left", ncols=4, frameon=False, fontsize=11)
-        if any(len(run.steps) > 15 for run in runs):
-            figure.supxlabel("thin: each step; thick: weighted mean over the steps around it", fontsize=8, color=GREY, x=0.99, ha="right")
+        figure.legend(handles, names, loc="outside upper left", ncols=4, frameon=False, fontsize=11)
+        figure.supxlabel("step", fontsize=9, color=GREY)
         figure.savefig(path, facecolor="white")
 
-
-# ===== groups.html ====================================================================================================
 
 TEMPLATE = Path(__file__).resolve().parent / ".assets" / "groups.html"
 
 
-def write_groups(run: Run, path: Path):
-    """All text of models and data is escaped by the template, and no script ever turns text into markup."""
+def coefficients(t: dict, config: dict) -> dict:
+    """w and r~ of each token of an expert's answer, as they were in training."""
+    logp, behavior_logp = torch.tensor([[t["logp"], t["behavior_logp"]]]).unbind(1)  # [1, T] each
+    mask, yes, ok = torch.ones_like(logp).bool(), torch.tensor([True]), torch.tensor([t["expert_ok"]])
+    weight, sharpness = torch.ones_like(logp), config["sharpness"]
+    if sharpness is not None:  # else w = 1
+        weight = tgrl.expert_weights(logp, behavior_logp, mask, sharpness)  # Eq. 18-20
+    coefficient = tgrl.unified_coefficient(logp, behavior_logp, mask, yes, ok, sharpness)  # Eq. 17-23
+    return {"weight": weight[0].tolist(), "coefficient": coefficient[0].tolist()}
+
+
+def cards(group: dict, config: dict) -> list[dict]:
+    """What the page shows of a group's answers: the experts' first, and equal ones once, with a count."""
+    answers = group["answers"]
+    experts = [t | coefficients(t, config) for t in answers if t["source"] != "policy"]
+    own = {t["text"]: t for t in answers if t["source"] == "policy"}
+    times = collections.Counter(t["text"] for t in answers if t["source"] == "policy")
+    return experts + [t | {"times": times[text]} for text, t in own.items()]
+
+
+def write_groups(run: Training, path: Path):
+    """The template escapes all text of models and data, and no script turns text into markup."""
     template = TEMPLATE.read_text(encoding="utf-8")
-    policy = "default-src 'none'; base-uri 'none'; img-src data:"  # what a browser may do: show embedded pictures, and run and use, by their hashes,
+    # what a browser may do: show embedded pictures; run and use, by their hashes, this script and this style
+    policy = "default-src 'none'; base-uri 'none'; img-src data:"
     for tag in ("script", "style"):
         text = re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
-        policy += f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-    steps = {step: list(groups) for step, groups in itertools.groupby(run.groups, key=lambda group: group["step"])}
-    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(template).render(run=run, policy=policy, steps=steps, zip=zip)
-    path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")  # half a character becomes a reference
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
+    steps = collections.defaultdict(list)
+    for group in run.groups:
+        steps[group["step"]].append(group | {"cards": cards(group, run.config)})
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
+    page = environment.from_string(template).render(run=run, policy=policy, steps=steps, zip=zip)
+    path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
 
 
-def show(runs: list[Path]) -> None:
-    """Writes curves.png and groups.html into each run; of several runs, an overlay into the folder they have in common."""
-    loaded = [read_run(folder) for folder in dict.fromkeys(Path(run).resolve() for run in runs)]  # all, before anything is written
+@dataclass
+class Show:
+    """Curves and kept groups of trainings, finished or running."""
+
+    runs: tyro.conf.Positional[list[Path]]  # folders that `tgrl.py train --out` wrote
+
+
+def show(runs: list[Path]):
+    """Write curves.png and groups.html into each run; of several, an overlay into the folder above them."""
+    folders = list(dict.fromkeys(Path(run).resolve() for run in runs))
+    if not folders:
+        raise BadInput("give folders that `tgrl.py train --out` wrote")
+    loaded = [read_training(folder) for folder in folders]  # all, before anything is written
     for run in loaded:
-        draw_curves([run], run.folder / "curves.png")
+        draw_curves([run], [run.name], run.folder / "curves.png")
         write_groups(run, run.folder / "groups.html")
-        print(f"wrote {os.path.relpath(run.folder / 'curves.png')} and {os.path.relpath(run.folder / 'groups.html')}")
+        print(f"wrote {os.path.relpath(run.folder)}/curves.png and groups.html")
     if len(loaded) > 1:
-        common, names = Path(os.path.commonpath([run.folder.parent for run in loaded])), [run.name for run in loaded]
-        overlay = common / "curves.png"
-        draw_curves([r._replace(name=f"{r.name} ({r.folder.relative_to(common)})") if names.count(r.name) > 1 else r for r in loaded], overlay)
-        print(f"wrote {os.path.relpath(overlay)}")
-
-
-# ===== bench ==========================================================================================================
-
-
-ROPE = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
-VISION = dict(hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])
-SHAPES = {  # 3B and 7B: of the published models; what is not named costs nothing
-    "toy": dict(hidden=128, layers=3, vision_layers=2),
-    "small": dict(hidden=256, layers=6, vision_layers=6),
-    "3B": dict(hidden=2048, layers=36, vision_layers=32, vision=VISION, tied=True,
-               text=dict(intermediate_size=11008, num_attention_heads=16, num_key_value_heads=2, vocab_size=151936, rope_parameters=ROPE)),
-    "7B": dict(hidden=3584, layers=28, vision_layers=32, vision=VISION, tied=False,
-               text=dict(intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, rope_parameters=ROPE)),
-}  # fmt: skip
-DEVICES = {  # dense bfloat16 FLOP/s, bytes/s
-    "NVIDIA H100 80GB HBM3": (989e12, 3.35e12), "NVIDIA H200": (989e12, 4.8e12),
-    "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12), "NVIDIA L40S": (362e12, 0.86e12),
-}  # fmt: skip
-
-
-def build(name: str):
-    """(model, processor): random weights of a known shape, or a real model."""
-    if name not in SHAPES:
-        return tgrl.load_model(name)
-    processor, cuda = tgrl.toy_processor("Think first."), torch.cuda.is_available()
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in tgrl.tiny_model(processor.tokenizer, **SHAPES[name]).parameters())
-    free = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # weights, gradients, moments and actor; on a GPU the first three dealt out, but the weights whole while they are being made
-    need = parameters * (max(2 + 16 / int(os.environ.get("WORLD_SIZE", 1)), 6) if cuda else 16)
-    if need > free:
-        memory = f"{need / 2**30:.0f} GiB with gradients and Adam's moments, and {free / 2**30:.0f} GiB are free here"
-        raise BadInput(f"{name} has {parameters / 1e9:.2f} billion parameters: {memory}")
-    torch.manual_seed(0)
-    with torch.device("cuda" if cuda else "cpu"):
-        return tgrl.tiny_model(processor.tokenizer, **SHAPES[name]), processor
-
-
-def bench(model: str, questions: int, answers: int, tokens: int, pixels: int, micro_batch: int, repeats: int, separate_rows: bool) -> None:
-    """What a step of the Trainer costs: rollout, scoring and update of some questions on each process; and the update with separate rows."""
-    if min(repeats, answers - 1) < 1:
-        raise BadInput("--repeats must be at least 1, and --answers at least 2")
-    rng, everywhere = random.Random(0), questions * int(os.environ.get("WORLD_SIZE", 1))
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(questions):
-            tgrl.Image.frombytes("RGB", (pixels, pixels), rng.randbytes(3 * pixels * pixels)).save(f"{folder}/{i}.png")
-        rows = [{"image": f"{i}.png", "problem": "What is the area?", "answer": "1"} for i in range(questions)]
-        Path(folder, "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        options = dict(model=model, data=f"{folder}/questions.jsonl", out=folder, tracker="none", n_on=answers, n_off=0, micro_batch=micro_batch,
-                       min_pixels=28 * 28, max_pixels=pixels**2, max_answer=tokens, max_prompt=10**6, checkpointing=model not in ("toy", "small"),
-                       questions_per_rollout=everywhere, questions_per_update=everywhere)  # fmt: skip
-        trainer = tgrl.Trainer(tgrl.Config(**tgrl.TOY | options), build)
-    encoder, net, cuda = trainer.encoder, trainer.policy.model, trainer.device.type == "cuda"
-    # no answer ends early; and the many ids that the toy's tokenizer has not would cost what they cost nobody
-    encoder.unwritable = torch.tensor([net.config.image_token_id, net.config.video_token_id, *encoder.ends])
-    trainer.policy.unwritable = encoder.unwritable.to(trainer.device)
-    layers, head = net.model.language_model.layers, net.lm_head.weight.numel()
-    blocks, towers = (sum(p.numel() for p in part.parameters()) for part in (layers, net.model.visual.blocks))
-    text, parameters = net.config.get_text_config(), sum(p.numel() for p in net.parameters())
-
-    together = []
-    for problem in trainer.problems:
-        ids = [[rng.randrange(10, 300) for _ in range(tokens)] for _ in range(answers)]
-        together.append(tgrl.Group(problem, encoder(problem), [tgrl.Trajectory(i, "", 0.0, advantage=rng.gauss(0, 1)) for i in ids]))
-    apart = [dataclasses.replace(group, trajectories=[answer]) for group in together for answer in group.trajectories]
-
-    def update(groups, size):
-        trainer.cfg.micro_batch = size
-        trainer.update(groups, tgrl.Tally())
-
-    prompt, patches = len(together[0].prompt.ids), sum(len(g.prompt.pixels) for g in together)
-    answered, row = questions * answers * tokens, questions * (prompt + answers * tokens)
-    jobs = {  # what is done; and for how many FLOPs a weight and token, tokens, patches
-        "rollout": (lambda: tgrl.sample(trainer.actor, encoder, [group.prompt for group in together], answers), 2, row, patches),
-        "scoring": (lambda: tgrl.score(trainer.policy, together, micro_batch, "logp"), 2, row, patches),
-        "update": (lambda: update(together, micro_batch), 6, row, patches),
-        "separate rows": (lambda: update(apart, micro_batch * answers), 6, questions * answers * (prompt + tokens), patches * answers),
-    }
-    if not separate_rows:
-        del jobs["separate rows"]
-    seconds, peaks = {name: [] for name in jobs}, {}
-    for _ in range(repeats + 1):  # in turns
-        for name, (job, *_) in jobs.items():
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            job()
-            if cuda:
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-            peaks[name] = tgrl.peak_memory()
-    if not trainer.main:
-        return
-
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
-    kind = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    peak, bandwidth = DEVICES.get(kind, (None, None))
-    work = f"{questions} questions of {prompt} tokens, {answers} answers of {tokens} to each"
-    print(f"{model}: {parameters / 1e9:.4g} B parameters on {trainer.world} x {kind}; on each: {work}")
-    print(f"median of {repeats}        seconds  answer tokens/s   TFLOP/s  of peak   peak GiB")
-    for name, (_, passes, length, pictures) in jobs.items():
-        flops = passes * (blocks * length + head * answered + towers * pictures) / medians[name]
-        share, held = f"{flops / peak:8.1%}" if peak else "       –", f"{peaks[name]:8.1f}" if cuda else "       –"
-        print(f"{name:16}  {medians[name]:10.3f}  {answered / medians[name]:15.0f}  {flops / 1e12:8.3g} {share}   {held}")
-    if bandwidth:
-        context = prompt + tokens / 2
-        cache = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * context * questions * answers
-        bound = 2 * (blocks + head + cache) * tokens / bandwidth / medians["rollout"]
-        print(f"rollout: {bound:.0%} of what reading weights and cache once a token would allow")
-    if separate_rows:
-        print(f"a group in one row takes {medians['update'] / medians['separate rows']:.2f} of the time of separate rows")
-    print("FLOPs: 2 a weight and token forward, 6 with the backward pass; neither attention nor recomputation is counted.")
-
-
-# ===== The command line ===============================================================================================
+        common = Path(os.path.commonpath([folder.parent for folder in folders]))
+        draw_curves(loaded, [str(folder.relative_to(common)) for folder in folders], common / "curves.png")
+        print(f"wrote {os.path.relpath(common / 'curves.png')}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-    known = f"Benchmarks: {', '.join(BENCHMARKS)}. NAME=PATH takes rows of the same columns from a parquet or JSONL file, or a folder."
-    usage = "eval.py run MODEL NAME[=PATH] ... [--option value ...]"
-    verb = verbs.add_parser("run", usage=usage, help="benchmarks of a model", description=known)
-    verb.set_defaults(do=run)
-    verb.add_argument("model", nargs="?", metavar="MODEL", help="hub id or folder; one in the folder of a training is asked as it was trained")
-    verb.add_argument("benchmarks", nargs="*", metavar="NAME[=PATH]", help="what to answer")
-    verb.add_argument("--out", type=Path, default=Path("runs/eval"), help="folder of the records, begun or continued (default: runs/eval)")
-    verb.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer (default: 0)")
-    verb.add_argument("--samples", type=int, default=argparse.SUPPRESS, metavar="int", help="answers a question, for mean@k and pass@k (default: 1)")
-    verb.add_argument("--rescore", action="store_true", help="only grade the recorded answers in --out again, without a model")
-    tgrl.add_options(verb, [*ASKED, "generate_batch", "image_root", "limit", "seed"], {})
-    verb = verbs.add_parser("compare", help="two evaluations, item by item")
-    verb.set_defaults(do=compare)
-    verb.add_argument("a", type=Path, metavar="A", help="the --out of an evaluation")
-    verb.add_argument("b", type=Path, metavar="B", help="of another")
-    verb.add_argument("--flips", type=int, default=10, metavar="N", help="how many of the items to name that only one got right (default: 10)")
-    verb = verbs.add_parser("show", help="curves and recorded groups of finished or running trainings")
-    verb.set_defaults(do=show)
-    verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that `tgrl.py train --out` wrote")
-    verb = verbs.add_parser("bench", help="what a step costs here, with random weights")
-    verb.set_defaults(do=bench)
-    verb.add_argument("--model", default="small", help="toy, small (hidden 256, 6 + 6 blocks), 3B, 7B, or a hub id or folder (default: small)")
-    shape = dict(questions=(4, "of each process"), answers=(8, "to each question"), tokens=(64, "of each answer"), pixels=(448, "side of the pictures"),
-                 micro_batch=(4, "questions at once"), repeats=(5, "after one to warm up"))  # fmt: skip
-    for name, (default, text) in shape.items():
-        verb.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    verb.add_argument("--separate_rows", action=argparse.BooleanOptionalAction, default=True, help="also the update with a row for each answer")
-    options = vars(parser.parse_args())
     try:
-        options.pop("do")(**options)
+        options = tyro.cli(Run | Compare | Show, description=__doc__, use_underscores=True)
+        if isinstance(options, Run):
+            run(options)
+        elif isinstance(options, Compare):
+            compare(options.a, options.b, options.flips)
+        else:
+            show(options.runs)
     except (BadInput, OSError) as error:
         sys.exit(f"eval.py: {error}")
     except KeyboardInterrupt:

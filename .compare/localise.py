@@ -1,12 +1,16 @@
-"""Which sign tells the step at which an answer goes wrong?  200 planted slips in the toy, for student and expert.
+"""Which sign tells the step at which an answer goes wrong?  Slips planted in the toy's answers.
 
-    python tgrl.py && python .compare/localise.py runs/toy/world
+    python tgrl.py
+    python .compare/localise.py runs/toy/world
 
-An answer by the rules that the model mostly follows (the expert's are right, the student's wrong) gets one slip: a side misread in
-the first of its four steps, or a wrong number in one of the others, and what follows is computed from it. A sign is a number a
-step; all come from log-probs of the written ids, with the picture in the context. Chance is 25 %.
+An answer by the rules that the model mostly follows (the expert's are right, the student's wrong) gets one
+slip: a side misread in the first of its four steps, or a wrong number in one of the others; what follows is
+computed from it. A sign is a number for each step, made of the log-probs of the written tokens, with the
+picture in the context. The last line is what tgrl.py does: `before_doubt` cuts before the first step with a
+token below DOUBTED. Chance is 25 %.
 """
 
+import argparse
 import io
 import itertools
 import random
@@ -20,68 +24,107 @@ from PIL import Image
 
 import tgrl
 
-PLANTED = 200
+BOUNDS = (1, 2, 3, 4)  # of the regret: how much likelier the likeliest token was, in log-prob
 
 
-def log_probs(policy, group):
-    """-> [3, T]: log-prob of what was written, of the likeliest token, and the entropy, at each place."""
-    with torch.no_grad():
-        batch = tgrl.pack([group])
-        logp = policy.logits(policy.hidden(batch)).log_softmax(-1)
-    entropy = -torch.where(logp.isfinite(), logp.exp() * logp, 0).sum(-1)
-    return torch.stack([logp.gather(1, batch.target[0][:, None])[:, 0], logp.max(-1).values, entropy])
+class Watched(tgrl.Policy):
+    """A policy that keeps what its log-probs do not tell."""
+
+    def token_logp(self, hidden, target):
+        logits = self.model.lm_head(hidden).float().index_fill(-1, self.unwritable, -torch.inf)
+        logp = logits.log_softmax(-1)  # [tokens, V]
+        self.best = logp.max(-1).values  # [tokens]
+        self.entropy = -torch.where(logp.isfinite(), logp.exp() * logp, 0).sum(-1)
+        return logp.gather(1, target[:, None])[:, 0]
 
 
-def planted(rng, w, h, right, place):
-    """An answer in the form of toy_answer with a slip in step `place`."""
+def planted(rng: random.Random, w: int, h: int, right: bool, place: int) -> str:
+    """An answer in the form of tgrl.toy_answer, with a slip in step `place`."""
     if place == 0:
-        w = rng.choice([side for side in tgrl.TOY_SIDES if side != w])
-    slips = [rng.choice([-3, -2, -1, 1, 2, 3]) * (place == i) for i in range(4)]
+        w = rng.choice([side for side in range(1, 8) if side != w])
+    slip = rng.choice([-3, -2, -1, 1, 2, 3])
+    slips = [slip * (place == i) for i in range(4)]
+    a, e, t = ("*", 2, "+") if right else ("+", 1, "-")
     area = (w * h if right else w + h) + slips[1]
-    edge = (2 if right else 1) * (w + h) + slips[2]
+    edge = e * (w + h) + slips[2]
     total = (area + edge if right else area - edge) + slips[3]
-    return (f"<think>width {w}, height {h}. area = {w}{'*' if right else '+'}{h} = {area}. edge = {2 if right else 1}*{w + h} = {edge}. "
-            f"total = {area}{'+' if right else '-'}{edge} = {total}</think>\\boxed{{{total}}}")  # fmt: skip
+    steps = f"area = {w}{a}{h} = {area}. edge = {e}*{w + h} = {edge}. total = {area}{t}{edge} = {total}"
+    return f"<think>width {w}, height {h}. {steps}</think>\\boxed{{{total}}}"
 
 
-def lowest(signs):
-    return min(range(len(signs)), key=lambda i: signs[i])
+def step_bounds(ids: list[int], tokenizer) -> list[tuple[int, int]]:
+    """Where steps begin and end: a step ends behind a token that ends in a period, as for before_doubt."""
+    starts = [i + 1 for i, token in enumerate(ids[:-1]) if tokenizer.decode([token]).endswith(".")]
+    return list(itertools.pairwise([0, *starts, len(ids)]))
 
 
-def first(signs, bound):
-    return next((i for i, sign in enumerate(signs) if sign < -bound), lowest(signs))
+def lowest(values: list[float]) -> int:
+    return min(range(len(values)), key=values.__getitem__)
 
 
-for name in ("student", "expert"):
-    model, processor = tgrl.load_model(Path(sys.argv[1], name))
-    encoder = tgrl.Encoder(processor, model, tgrl.Config(**tgrl.TOY))
-    policy = tgrl.Policy(model, encoder.unwritable).eval()
-    rng, hits = random.Random(1), {}
-    Image.new("RGB", (56, 56), "white").save(buffer := io.BytesIO(), "PNG")
-    for _ in range(PLANTED):
-        w, h = rng.choice(tgrl.TOY_SIDES), rng.choice(tgrl.TOY_SIDES)
-        problem = tgrl.read_problem(tgrl.toy_row(rng, w, h), Path())
-        place = rng.randrange(4)
+def first(values: list[float], bound: float) -> int:
+    """The first step below the bound; if there is none, the lowest."""
+    return next((i for i, value in enumerate(values) if value < bound), lowest(values))
+
+
+@torch.no_grad()
+def guesses(policy: Watched, encoder, problem, blank, ids: list[int]) -> dict[str, int]:
+    """sign -> the step that it suspects."""
+    answer, bounds = tgrl.Trajectory(ids, "", 0.0), step_bounds(ids, encoder.tokenizer)
+    unseen = policy(tgrl.pack([tgrl.Group(blank, encoder(blank), [answer])]))[0]
+    logp = policy(tgrl.pack([tgrl.Group(problem, encoder(problem), [answer])]))[0]
+    answer.logp = logp.tolist()
+
+    def worst(sign) -> list[float]:
+        return [float(sign[a:b].min()) for a, b in bounds]
+
+    regret = logp - policy.best
+    found = {
+        "lowest log-prob": lowest(worst(logp)),
+        "highest regret": lowest(worst(regret)),
+        "log-prob below minus entropy": lowest(worst(logp + policy.entropy)),
+        "contrast with a blank picture": lowest(worst(logp - unseen)),
+        "lowest mean log-prob": lowest([float(logp[a:b].mean()) for a, b in bounds]),
+        "first log-prob below -2": first(worst(logp), -2.0),
+    }
+    for bound in BOUNDS:
+        found[f"first regret above {bound}"] = first(worst(regret), -bound)
+    cut = len(tgrl.before_doubt(answer, encoder.tokenizer))
+    found["tgrl.before_doubt"] = next(i for i, (a, b) in enumerate(bounds) if a <= cut < b)
+    return found
+
+
+def try_model(name: str, world: Path, n: int):
+    model, processor = tgrl.load_model(str(world / name))
+    encoder = tgrl.Encoder(processor, model, tgrl.Options(**tgrl.TOY))
+    policy, rng, hits = Watched(model, encoder.unwritable).eval(), random.Random(1), {}
+    Image.new("RGB", (56, 56), "white").save(white := io.BytesIO(), "PNG")
+    for _ in range(n):
+        (w, h), place = rng.choice(tgrl.TOY_SIDES), rng.randrange(4)
+        problem = tgrl.read_problem(tgrl.toy_row(rng, w, h))
+        blank = tgrl.Problem("", problem.question, [white.getvalue()], problem.answer)
         text = planted(rng, w, h, name == "expert", place)
         ids = processor.tokenizer(text).input_ids + [processor.tokenizer.eos_token_id]
-        group = tgrl.Group(problem, encoder(problem), [tgrl.Trajectory(ids, text, 0.0)])
-        blank = tgrl.Problem("", problem.question, [buffer.getvalue()], problem.answer)
-        logp, best, entropy = log_probs(policy, group)
-        contrast = logp - log_probs(policy, tgrl.Group(blank, encoder(blank), group.trajectories))[0]
-        bounds = list(itertools.pairwise([*tgrl.step_starts(ids, processor.tokenizer), len(ids)]))
-        worst = lambda sign: [float(sign[a:b].min()) for a, b in bounds]  # noqa: B023, E731
-        guesses = {
-            "lowest log-prob": lowest(worst(logp)),
-            "highest regret": lowest(worst(logp - best)),
-            "log-prob below minus entropy": lowest(worst(logp + entropy)),
-            "contrast with a blank picture": lowest(worst(contrast)),
-            "lowest mean log-prob": lowest([float(logp[a:b].mean()) for a, b in bounds]),
-            "first log-prob below -2": first(worst(logp), 2.0),
-            **{f"first regret above {bound:g}": first(worst(logp - best), bound) for bound in (1, 2, 3, 4)},
-            "localise": tgrl.localise(policy, group, group.trajectories[0], processor.tokenizer).suspect,
-        }
-        for sign, guess in guesses.items():
-            hits.setdefault(sign, [[], []])[place > 0].append(guess == place)
-    print(f"{name}: of {PLANTED} planted slips, found          all   misreadings   later steps")
-    for sign, (first_step, later) in hits.items():
-        print(f"  {sign:34} {sum(first_step + later) / PLANTED:9.0%} {sum(first_step) / len(first_step):9.0%} {sum(later) / len(later):13.0%}")
+        for sign, guess in guesses(policy, encoder, problem, blank, ids).items():
+            hits.setdefault(sign, []).append((place, guess))
+    print(f"{name}: of {n} planted slips, found          all   misreadings   later steps")
+    for sign, pairs in hits.items():
+        shares = []
+        for places in ((0, 1, 2, 3), (0,), (1, 2, 3)):
+            right = [guess == place for place, guess in pairs if place in places]
+            shares.append(sum(right) / len(right))
+        print(f"  {sign:34} {shares[0]:9.0%} {shares[1]:9.0%} {shares[2]:13.0%}")
+
+
+def main():
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("world", type=Path, help="folder `world` of a toy, with its student and expert")
+    parser.add_argument("--slips", type=int, default=200, metavar="N", help="slips to plant (default 200)")
+    options = parser.parse_args()
+    for name in ("student", "expert"):
+        try_model(name, options.world, options.slips)
+
+
+if __name__ == "__main__":
+    main()
