@@ -710,8 +710,9 @@ def test_bad_rows_are_named_and_good_ones_kept(world, tmp_path, monkeypatch, cap
         "2 times <image> for 1 pictures": [good | {"problem": "<image><image>Why?"}],
         "0 times <image> for 0 pictures": [good | {"problem": "Why?", "images": []}],
         "longer than --max_prompt 2048 tokens": [good | {"problem": "<image>" + "Why? " * 2100}],
-        "unreadable, FileNotFoundError": [good | {"images": ["nowhere.png"]}],
-        "unreadable, ": [good | {"images": [good["images"][0][:200]]}],
+        "FileNotFoundError: .Errno 2. No such file or directory: ": [good | {"images": ["nowhere.png"]}],
+        "OSError: image file is truncated": [good | {"images": [good["images"][0][:2000]]}],
+        "UnidentifiedImageError: cannot identify image file": [good | {"images": [b"PNG"]}] * 2,
     }
     rows = [good, *itertools.chain(*bad.values()), good]
     monkeypatch.setattr(tgrl, "read_rows", lambda source, split: iter(rows))
@@ -719,7 +720,7 @@ def test_bad_rows_are_named_and_good_ones_kept(world, tmp_path, monkeypatch, cap
     said = capsys.readouterr().out
     for reason, some in bad.items():
         assert re.search(
-            rf"rows: {len(some)} of 9 rows left out, {reason}.*: row {rows.index(some[0])}", said
+            rf"rows: {len(some)} of 11 rows left out, {reason}.*: row {rows.index(some[0])}", said
         ), reason
 
 
@@ -728,7 +729,11 @@ def test_bad_rows_are_named_and_good_ones_kept(world, tmp_path, monkeypatch, cap
     [
         ("none.jsonl", None, "cannot load .*none.jsonl"),
         ("torn.jsonl", '{"problem": "?"}\n{"problem": ', "cannot load .*torn.jsonl"),
-        ("other.jsonl", '{"text": "?", "label": "1"}\n', "no row can be used; .*'text'"),
+        (
+            "other.jsonl",
+            '{"text": "?", "label": "1"}\n',
+            "no row of .* can be used; its columns: .'text', 'label'",
+        ),
     ],
 )
 def test_an_unusable_source_says_why(world, tmp_path, name, content, words):
@@ -889,8 +894,7 @@ def folder(world, tmp_path_factory):
     return SimpleNamespace(path=folder, shared=shared, train=shared | train)
 
 
-def cached(path):
-    """Question -> its answers, as sets of token ids."""
+def cached(path):  # question -> the token ids of its answers
     answers = collections.defaultdict(list)
     for record in list(tgrl.read_records(path))[1:]:
         answers[record["question"]].append(tuple(record["ids"]))
@@ -939,7 +943,7 @@ def test_more_samples_are_other_samples(folder, tmp_path):
         (dict(experts="nowhere.jsonl"), "no --experts nowhere.jsonl; make it by `tgrl.py experts`"),
         (dict(data="other.parquet"), "answers none of these questions"),
         (dict(model="nowhere"), "cannot load --model nowhere"),
-        (dict(questions_per_update=3), "1 processes must divide questions_per_update"),
+        (dict(questions_per_update=3), "questions_per_update must divide the rollout"),
     ],
 )
 def test_a_training_that_cannot_start_says_why(folder, tmp_path, monkeypatch, change, words):
@@ -1725,7 +1729,6 @@ def test_defaults_follow_the_algorithm():
 
 
 def definitions(tree):
-    """Module-level functions, classes and constants -> their nodes."""
     found = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

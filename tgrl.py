@@ -432,8 +432,8 @@ def load_problems(source: str, split: str, encoder: Encoder) -> list[Problem]:
             problem = read_problem(row, root)
             fits = len(encoder(problem).ids) <= limit
             return problem if fits else f"longer than --max_prompt {limit} tokens"
-        except Exception as error:  # a row may hold anything
-            return str(error) if isinstance(error, BadInput) else f"unreadable, {type(error).__name__}"
+        except Exception as error:  # a row may hold anything; without what differs from row to row
+            return re.split(" <_|'", f"{type(error).__name__}: {error}")[0].removeprefix("BadInput: ")
 
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(read, rows))
@@ -442,7 +442,7 @@ def load_problems(source: str, split: str, encoder: Encoder) -> list[Problem]:
         numbers = [str(number) for number, result in enumerate(results) if result == reason]
         say(f"{source}: {len(numbers)} of {len(rows)} rows left out, {reason}: row {', '.join(numbers[:8])}")
     if not problems:
-        raise BadInput(f"{source}: no row can be used; rows need problem, answer, images: {rows[:1]}"[:500])
+        raise BadInput(f"no row of {source} can be used; its columns: {[*rows[0]] if rows else []}")
     return problems
 
 
@@ -839,7 +839,7 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         update = options.questions_per_update
         if update % self.world or options.questions_per_rollout % update:
-            raise BadInput(f"{self.world} processes must divide questions_per_update, and it the rollout")
+            raise BadInput("questions_per_update must divide the rollout's; the processes must divide it")
         model, processor = load_model(options.model, dtype)
         self.actor = model.to(self.accelerator.device)  # samples; whole, in the dtype of computation
         self.encoder = Encoder(processor, self.actor, options)
