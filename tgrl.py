@@ -625,7 +625,7 @@ def score(policy: Policy, groups: list[Group], micro_batch: int) -> Iterator[tup
 def append_records(path: Path, records: list[dict]):
     """In one write: processes may append together. Newline first: a record that a kill tears stands alone."""
     with open(path, "ab", buffering=0) as file:
-        file.write("".join("\n" + json.dumps(record) for record in records).encode())
+        file.write(("\n" * (file.tell() > 0) + "\n".join(map(json.dumps, records))).encode())
 
 
 def read_records(path: Path) -> Iterator[dict]:
@@ -652,8 +652,8 @@ def read_cache(path: Path, encoder: Encoder, questions: Iterable[str], **wanted)
     if "tgrl_experts" not in header:
         raise BadInput(f"{path} is no expert cache: it does not begin as `tgrl.py experts` begins one")
     for key, value in (fingerprints(encoder) | wanted).items():
-        if header.get(key) != value:
-            raise BadInput(f"{path} was made with {key} {header.get(key)!r}, not {value!r}; sample anew")
+        if (made := header.get(key)) != value:
+            raise BadInput(f"{path} was made with {key} {made!r}, not {value!r}; give that, or sample anew")
     experts = {question: [] for question in questions}
     for record in records:
         question, t = record.pop("question", None), Trajectory(**record)
