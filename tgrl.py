@@ -65,8 +65,8 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -288,6 +288,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else the tokenizer w
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as a cache grows in ever new sizes
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said when one process saves
 PLACEHOLDER = "<image>"
 THINK = "Think step by step between <think> and </think>, then give the answer alone inside \\boxed{}."
 
@@ -313,7 +314,7 @@ class Options:  # what all commands share; in [brackets]: where a default comes 
 
 @dataclass
 class Problem:
-    id: str  # a hash of the content, by which the cache knows it
+    id: str  # a hash of the content; `load_problems` adds how it is asked: so the cache knows it
     question: str  # with one <image> where each picture goes
     images: list[bytes]  # encoded pictures
     answer: str
@@ -373,6 +374,7 @@ def read_rows(source: str, split: str, config: str | None = None) -> Iterator[di
 
 def read_problem(row: dict, root: Path = Path()) -> Problem:
     """One row in the schema of geometry3k (images, problem, answer) or ViRL39K (image, question, answer)."""
+    columns = ", ".join(row)
     row = {"problem": row.get("question"), "images": row.get("image"), "answer": None} | row
     question, answer = (str("" if row[name] is None else row[name]).strip() for name in ("problem", "answer"))
     pictures = row["images"] if isinstance(row["images"], list) else [row["images"]]
@@ -381,7 +383,7 @@ def read_problem(row: dict, root: Path = Path()) -> Problem:
     if len(images) == 1 and PLACEHOLDER not in question:
         question = PLACEHOLDER + question  # some 2 % of ViRL39K lost theirs
     if not answer or not question.replace(PLACEHOLDER, ""):
-        raise BadInput("no question or no answer")
+        raise BadInput(f"no question or no answer in the columns {columns}")
     if question.count(PLACEHOLDER) != len(images) or not images:
         raise BadInput(f"{question.count(PLACEHOLDER)} times {PLACEHOLDER} for {len(images)} pictures")
     content = hashlib.sha256(repr((question, answer)).encode() + b"".join(images))
@@ -403,19 +405,16 @@ class Encoder:  # question -> prompt, the same way for rollouts, experts, traini
         beyond = range(len(self.tokenizer), model.get_output_embeddings().out_features)
         self.unwritable = torch.tensor(sorted({getattr(model.config, name) for name in names}.union(beyond)))
 
-    def text(self, problem: Problem) -> str:
-        """The chat, with one image token a picture."""
+    def __call__(self, problem: Problem) -> Prompt:
         content = []
         for i, part in enumerate(problem.question.split(PLACEHOLDER)):
             content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": part}] * bool(part.strip())
         content.append({"type": "text", "text": " " + self.options.instruction})
-        messages = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    def __call__(self, problem: Problem) -> Prompt:
+        chat = [{"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         limits = dict(min_pixels=self.options.min_pixels, max_pixels=self.options.max_pixels)
         pictures = [fetch_image({"image": Image.open(io.BytesIO(i)), **limits}) for i in problem.images]
-        inputs = self.processor(pictures, [self.text(problem)], do_resize=False, return_tensors="pt")
+        inputs = self.processor(pictures, [text], do_resize=False, return_tensors="pt")
         ids, grid, types = inputs["input_ids"], inputs["image_grid_thw"], inputs["mm_token_type_ids"]
         # Without the types the model would silently number a picture's tokens as if they were text.
         positions, _ = self.rope_index(ids, mm_token_type_ids=types, image_grid_thw=grid)
@@ -424,25 +423,22 @@ class Encoder:  # question -> prompt, the same way for rollouts, experts, traini
 
 def load_problems(source: str, split: str, encoder: Encoder) -> list[Problem]:
     """All questions that can be used; the others are left out and reported together."""
-    rows, limit = list(read_rows(source, split)), encoder.options.max_prompt
+    problems, left_out, limit = [], collections.defaultdict(list), encoder.options.max_prompt
     root = Path(source) if Path(source).is_dir() else Path(source).parent  # of relative picture paths
-
-    def read(row: dict) -> Problem | str:
+    for number, row in enumerate(tqdm(read_rows(source, split), desc=source, disable=None)):
         try:
             problem = read_problem(row, root)
-            fits = len(encoder(problem).ids) <= limit
-            return problem if fits else f"longer than --max_prompt {limit} tokens"
+            ids = encoder(problem).ids.tolist()
+            if len(ids) > limit:
+                raise BadInput(f"longer than --max_prompt {limit} tokens")
+            problem.id = hashlib.sha256(f"{problem.id} {ids}".encode()).hexdigest()[:16]
+            problems.append(problem)
         except Exception as error:  # a row may hold anything; without what differs from row to row
-            return re.split(" <_|'", f"{type(error).__name__}: {error}")[0].removeprefix("BadInput: ")
-
-    with ThreadPoolExecutor() as pool:
-        results = list(pool.map(read, rows))
-    problems = [result for result in results if isinstance(result, Problem)]
-    for reason in sorted({result for result in results if isinstance(result, str)}):
-        numbers = [str(number) for number, result in enumerate(results) if result == reason]
-        say(f"{source}: {len(numbers)} of {len(rows)} rows left out, {reason}: row {', '.join(numbers[:8])}")
+            left_out[re.split(" <_|'", f"{type(error).__name__}: {error}")[0]].append(number)
+    for reason, rows in left_out.items():
+        say(f"{source}: {len(rows)} rows left out, {reason}: row {', '.join(map(str, rows[:8]))}")
     if not problems:
-        raise BadInput(f"no row of {source} can be used; its columns: {[*rows[0]] if rows else []}")
+        raise BadInput(f"no row of {source} can be used")
     return problems
 
 
@@ -457,8 +453,6 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, **options):
 
 
 # ===== 4. Rollouts: answers by Hugging Face generate, graded ==========================================
-
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}  # nothing truncated
 
 
 def pad(rows: Iterable, side: str = "right") -> Tensor:
@@ -477,7 +471,7 @@ def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: 
     is 1, else pi_old is not what was sampled from; at 0 it takes the likeliest token."""
     # generate fills whatever it is not told from the checkpoint's generation_config (repetition_penalty
     # 1.05, top_k ...). So the actor gets one in which nothing is set but what is written here.
-    how = SAMPLING | dict(do_sample=True, temperature=temperature) if temperature else {}
+    how = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else {}
     how |= dict(max_new_tokens=encoder.options.max_answer, suppress_tokens=encoder.unwritable.tolist())
     actor.generation_config = GenerationConfig(eos_token_id=encoder.ends, pad_token_id=encoder.ends[0], **how)
     ids = pad((p.ids for p in prompts), "left").to(actor.device)  # [B, P]
@@ -619,13 +613,16 @@ def score(policy: Policy, groups: list[Group], micro_batch: int) -> Iterator[tup
 
 
 # ===== 6. Experts: answers of a stronger model, cached with their log-probs under that model ==========
-# The cache is JSONL: first what its answers belong to, then the answers, each with its question's id.
+# The cache is JSONL, an answer a line, with the id of its question, which says also how it was asked: so
+# log-probs of two models are only compared for the same tokens.
 
 
 def append_records(path: Path, records: list[dict]):
-    """In one write: processes may append together. Newline first: a record that a kill tears stands alone."""
-    with open(path, "ab", buffering=0) as file:
-        file.write(("\n" * (file.tell() > 0) + "\n".join(map(json.dumps, records))).encode())
+    """In one write, as processes may append together; on a new line, if a kill tore the last record."""
+    with open(path, "ab+", buffering=0) as file:
+        file.seek(max(0, file.tell() - 1))
+        torn = file.read()[-1:] not in (b"", b"\n")
+        file.write(("\n" * torn + "".join(json.dumps(record) + "\n" for record in records)).encode())
 
 
 def read_records(path: Path) -> Iterator[dict]:
@@ -637,30 +634,14 @@ def read_records(path: Path) -> Iterator[dict]:
             say(f"{path}: line {number} is no record, perhaps torn by a kill, and left out")
 
 
-def fingerprints(encoder: Encoder) -> dict:  # what must agree for log-probs of two models to be comparable
-    vocabulary = repr(sorted(encoder.tokenizer.get_vocab().items())).encode()
-    prompt = encoder.text(Problem("", PLACEHOLDER + "question", [], ""))
-    pixels = [encoder.options.min_pixels, encoder.options.max_pixels]
-    digest = hashlib.sha256(vocabulary).hexdigest()
-    return {"tokenizer": digest, "prompt": prompt, "pixels": pixels, "sampling": SAMPLING}
-
-
-def read_cache(path: Path, encoder: Encoder, questions: Iterable[str], **wanted) -> dict[str, list]:
-    """Trajectories by question's id. The cache must fit; what it has for these questions is said."""
-    records = read_records(path)
-    header = next(records, {})
-    if "tgrl_experts" not in header:
-        raise BadInput(f"{path} is no expert cache: it does not begin as `tgrl.py experts` begins one")
-    for key, value in (fingerprints(encoder) | wanted).items():
-        if (made := header.get(key)) != value:
-            raise BadInput(f"{path} was made with {key} {made!r}, not {value!r}; give that, or sample anew")
+def read_cache(path: Path, questions: Iterable[str]) -> dict[str, list[Trajectory]]:
+    """Expert answers by question's id; what the cache has for these questions is said."""
     experts = {question: [] for question in questions}
-    for record in records:
-        question, t = record.pop("question", None), Trajectory(**record)
-        if len(t.ids) != len(t.behavior_logp):
-            raise BadInput(f"{path}: an answer to {question} needs exactly one log-prob for each token")
-        if question in experts:
-            experts[question].append(t)
+    for record in read_records(path):
+        if len(record.get("ids", "")) != len(record.get("behavior_logp", "-")):
+            raise BadInput(f"{path} holds a record that is not an answer with a log-prob for each token")
+        if (question := record.pop("question")) in experts:
+            experts[question].append(Trajectory(**record))
     rewards = [t.reward for answers in experts.values() for t in answers]
     answered = f"{sum(map(bool, experts.values()))} of {len(experts)} questions"
     say(f"{path}: {len(rewards)} answers to {answered}, {sum(rewards):.0f} right")
@@ -693,11 +674,9 @@ def make_experts(options: Experts):
     model = model if options.spread else model.to(accelerator.device)
     encoder, path = Encoder(processor, model, options), Path(options.experts)
     problems = {p.id: p for p in load_problems(options.data, options.split, encoder)}
-    if accelerator.is_main_process and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        append_records(path, [{"tgrl_experts": 2, "model": options.model, **fingerprints(encoder)}])
-    accelerator.wait_for_everyone()
-    experts = read_cache(path, encoder, problems, model=options.model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    experts = read_cache(path, problems)
     accelerator.wait_for_everyone()  # all have read it before one appends
     todo = [p for p in problems.values() if len(experts[p.id]) < options.samples]
     todo = todo[accelerator.process_index :: accelerator.num_processes]
@@ -713,7 +692,7 @@ def make_experts(options: Experts):
     errors = sum(gather_object([grader_errors]), collections.Counter())
     say(f"answers that could not be graded, and count as wrong: {dict(errors) or 'none'}")
     accelerator.wait_for_everyone()
-    read_cache(path, encoder, problems)
+    read_cache(path, problems)
 
 
 # Experts of its own, in the spirit of IVR-R1 (arXiv 2605.23997), of which only the abstract is public. From
@@ -847,9 +826,12 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         val = options.val_data, options.val_split, self.encoder
         self.held_out = load_problems(*val) if options.val_data else []
         if options.cache:
-            self.experts = read_cache(options.cache, self.encoder, [p.id for p in self.problems])
+            self.experts = read_cache(options.cache, [p.id for p in self.problems])
             if not any(self.experts.values()):
-                raise BadInput(f"{options.cache} answers none of these questions; is it for other data?")
+                why = "was it made for other data, instruction, pixels or tokenizer?"
+                raise BadInput(
+                    f"{options.cache} answers none of these questions as they are asked here; {why}"
+                )
         parts = self.actor, self.encoder, dtype
         self.policy = make_policy(*parts)  # is trained; sharded
         self.reference = make_policy(*parts).requires_grad_(False) if options.kl_coef else None
@@ -859,7 +841,7 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), **adam)
         self.step = self.drawn = 0  # steps done; questions drawn by all processes
         if (checkpoints := sorted(self.out.glob("checkpoints/??????"))) and options.resume:
-            dcp.load({"run": self}, checkpoint_id=checkpoints[-1])
+            dcp.load({"run": self}, checkpoint_id=checkpoints[-1], no_dist=self.world == 1)
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         header = dict(method=options.method, config=dataclasses.asdict(options), versions=versions)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -892,7 +874,8 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         if folder.exists():  # the one from which this run was resumed
             return
         beside = folder.with_suffix(".tmp")
-        dcp.save({"run": self}, checkpoint_id=beside)  # each process writes its shards
+        # Each process writes its shards. On a CPU the exchange would slow a lone process from then on.
+        dcp.save({"run": self}, checkpoint_id=beside, no_dist=self.world == 1)
         if self.rank == 0:
             self.actor.generation_config = self.encoder.generation_config
             self.actor.save_pretrained(self.out / "model")
@@ -912,10 +895,9 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         return {"accuracy": (sum(t.reward for t in answers), len(answers))}
 
     def draw(self, n: int) -> list[Problem]:
-        """The next n questions of this process; all take theirs from one list, shuffled for each epoch."""
-        wanted, drawn = gather_object([n]), []
-        first = self.drawn + sum(wanted[: self.rank])
-        self.drawn += sum(wanted)
+        """n questions for each process, from one list that is shuffled anew for each epoch."""
+        first, drawn = self.drawn + self.rank * n, []
+        self.drawn += self.world * n
         for i in range(first, first + n):
             epoch, place = divmod(i, len(self.problems))
             order = torch.Generator().manual_seed(hash((self.options.seed, epoch)))
@@ -983,25 +965,31 @@ def train(options: Train) -> dict:
     run = Run(options)
     quota = options.questions_per_rollout // run.world  # groups that this process chooses
     n_updates = options.questions_per_rollout // options.questions_per_update
+    clip = dict(sharpness=options.sharpness, clip_low=options.clip_low, clip_high=options.clip_high)
     while run.step < options.steps:
         start = time.perf_counter()
         run.refresh_actor()
         metrics = [run.between_steps()]
         torch.manual_seed(hash((options.seed, run.step, run.rank)))  # so that a resumed run samples the same
 
-        chosen, flat = [], []  # flat: groups without contrast
+        chosen, flat, tried = [], [], 0  # groups with contrast, without; groups drawn
         for _ in range(options.max_draws):
-            missing = quota - len(chosen)
-            if not any(gather_object([missing])):  # the same decision on all processes
+            found = gather_object([len(chosen)])  # so all processes decide alike
+            missing = quota - min(found)
+            if missing <= 0:
                 break
-            groups = rollout(run.actor, run.encoder, run.draw(missing), options.n_on)  # Eq. 3, 13
+            # as many as bring what is missing, if as large a share as so far has contrast
+            n = min(quota, math.ceil(missing * tried * run.world / max(1, sum(found)))) if tried else quota
+            tried += n
+            groups = rollout(run.actor, run.encoder, run.draw(n), options.n_on)  # Eq. 3, 13
             metrics.append(run.add_experts(groups))  # Eq. 14
             for group in groups:
                 compare(group, options.filter)  # Eq. 15, 16, 22
                 (chosen if group.has_contrast else flat).append(group)
             metrics.append(describe(groups))
             del flat[quota:]  # their pictures take memory
-        chosen += flat[: quota - len(chosen)]  # GRPO draws once and takes all; DAPO fills up what is missing
+        # DAPO fills up what is missing from those without contrast; GRPO, which draws once, takes all.
+        chosen = (chosen + flat)[:quota]
         if n_updates > 1:  # pi_old; with one update it is the policy itself
             for t, logp in score(run.policy, chosen, options.micro_batch):
                 t.behavior_logp = t.behavior_logp if t.is_expert else logp
@@ -1014,20 +1002,10 @@ def train(options: Train) -> dict:
                 batch = pack(part, run.actor.device)
                 logp = run.policy.train()(batch)  # [N, T]
                 behavior_logp = torch.where(batch.behavior_logp.isnan(), logp.detach(), batch.behavior_logp)
-                loss, totals = tgrl_loss(
-                    logp,
-                    behavior_logp,
-                    batch.mask,
-                    batch.advantages,
-                    batch.is_expert,
-                    batch.expert_ok,
-                    token_shares(batch.mask, options.average, len(lengths), sum(lengths)),
-                    sharpness=options.sharpness,
-                    clip_low=options.clip_low,
-                    clip_high=options.clip_high,
-                    kl_coef=kl_coef,
-                    ref_logp=run.reference(batch) if run.reference else None,
-                )  # Eq. 17-25
+                labels = batch.mask, batch.advantages, batch.is_expert, batch.expert_ok
+                shares = token_shares(batch.mask, options.average, len(lengths), sum(lengths))
+                kl = dict(kl_coef=kl_coef, ref_logp=run.reference(batch)) if run.reference else {}
+                loss, totals = tgrl_loss(logp, behavior_logp, *labels, shares, **clip, **kl)  # Eq. 17-25
                 (loss * run.world).backward()  # FSDP averages gradients over processes
                 for t, new, old in zip(answers_of(part), logp.tolist(), behavior_logp.tolist(), strict=True):
                     t.logp, t.behavior_logp = new[: len(t.ids)], old[: len(t.ids)]
