@@ -208,17 +208,14 @@ grader_errors = collections.Counter()  # why answers could not be graded -> how 
 
 
 def extract_boxed(text: str) -> str | None:
-    """The content of the last \\boxed{...} whose braces are balanced (of nested ones, the inner), or None."""
-    boxes, open_braces = [], []  # one pass: a policy may write ten thousand \boxed{ in a row
-    # what counts: \boxed{, an escaped character (so that \{ is no brace), a brace
-    for token in re.finditer(r"\\boxed\s*\{|\\(?!\\boxed).|[{}]", text, re.DOTALL):
-        if token[0] == "}" and open_braces:
-            opening = open_braces.pop()
-            if opening[0] != "{":
-                boxes.append((opening.end(), token.start()))
-        elif token[0][-1] == "{" and token[0] != r"\{":
-            open_braces.append(token)
-    return text[slice(*max(boxes))].strip() if boxes else None
+    """The content of the last \\boxed{...}, up to the brace that closes it, or None."""
+    _, box, rest = re.sub(r"\\boxed\s+\{", r"\\boxed{", text).rpartition(r"\boxed{")
+    depth = 1
+    for sign in re.finditer(r"\\.|[{}]", rest if box else "", re.DOTALL):  # \{ is no brace
+        depth += (sign[0] == "{") - (sign[0] == "}")
+        if depth == 0:
+            return rest[: sign.start()].strip()
+    return None
 
 
 def without_latex(text: str) -> str:  # without formula signs, text commands and spaces
@@ -307,7 +304,7 @@ class Options:  # what all commands share; in [brackets]: where a default comes 
     max_pixels: int = 4194304  # larger pictures are reduced to this many pixels [EasyR1]
     max_prompt: int = 2048  # questions of more tokens are left out, never truncated [EasyR1]
     max_answer: int = 2048  # answers are truncated after this many tokens [EasyR1]
-    generate_batch: int = 64  # answers sampled at once on one process
+    generate_batch: int = 0  # answers sampled at once on one process; 0: as many as the GPU's memory holds
     micro_batch: int = 1  # groups a forward pass on one process [EasyR1]
     seed: int = 1  # of the order of questions and of sampling [EasyR1]
 
@@ -443,10 +440,9 @@ def load_problems(source: str, split: str, encoder: Encoder) -> list[Problem]:
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32, **options):
-    """A Qwen2.5-VL and its processor, from a hub id or a folder: safetensors only, no remote code."""
+    """A Qwen2.5-VL and its processor, from a hub id or a folder; no remote code."""
     try:
-        options |= dict(dtype=dtype, use_safetensors=True)
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, **options)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype, **options)
         return model, AutoProcessor.from_pretrained(name)
     except Exception as error:
         raise BadInput(f"cannot load --model {name} as a Qwen2.5-VL, by hub id or folder: {error}") from error
@@ -460,9 +456,26 @@ def pad(rows: Iterable, side: str = "right") -> Tensor:
     return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_side=side)
 
 
+def batch_that_fits(model, options: Options, held: int = 0) -> int:
+    """How many of the longest answers fit in free memory, but for `held` bytes and a tenth to spare."""
+    if not torch.cuda.is_available():
+        return 64
+    free = sum(torch.cuda.mem_get_info(device)[0] for device in {p.device for p in model.parameters()})
+    layers = model.model.language_model.layers
+    token = 2 * len(layers) * layers[0].self_attn.k_proj.out_features * model.dtype.itemsize  # its cache
+    return max(1, int(0.9 * free - held) // (token * (options.max_prompt + options.max_answer)))
+
+
 def vision_inputs(prompts: list[Prompt]) -> dict:
     pixels, grid = torch.cat([p.pixels for p in prompts]), torch.cat([p.grid for p in prompts])
     return {"pixel_values": pixels, "image_grid_thw": grid}
+
+
+def embed(model, ids: Tensor, pictures: list[dict]) -> Tensor:
+    """ids [R, L] -> [R, L, D] with pictures in the place of their tokens; a part of them at a time."""
+    see, embeds = model.model.get_image_features, model.get_input_embeddings()(ids)
+    features = torch.cat([f for part in pictures for f in see(**part, return_dict=True).pooler_output])
+    return embeds.masked_scatter((ids == model.config.image_token_id)[..., None], features.to(embeds))
 
 
 @torch.no_grad()
@@ -479,10 +492,10 @@ def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: 
     positions = pad((p.positions for p in prompts), "left").to(actor.device).movedim(-1, 0)  # [3, B, P]
 
     # Each question is prefilled once, but for its last token, and its cache repeated for its answers.
-    cache = DynamicCache(config=actor.config.get_text_config())
-    beginning = dict(input_ids=ids[:, :-1], attention_mask=seen[:, :-1], position_ids=positions[..., :-1])
-    beginning |= send_to_device(vision_inputs(prompts), actor.device)
-    actor.model(**beginning, cache=cache, use_cache=True)
+    pictures = [send_to_device(vision_inputs(part), actor.device) for part in batches(prompts, 8)]
+    embeds, cache = embed(actor, ids[:, :-1], pictures), DynamicCache(config=actor.config.get_text_config())
+    known = dict(attention_mask=seen[:, :-1], position_ids=positions[..., :-1])
+    actor.model.language_model(inputs_embeds=embeds, **known, cache=cache, use_cache=True)
     cache.batch_repeat_interleave(n)
     sequences = actor.generate(
         ids.repeat_interleave(n, 0),  # [B * n, P]
@@ -524,8 +537,11 @@ def rollout(actor, encoder: Encoder, problems: list[Problem], n: int, temperatur
 #
 #   attention:      question  answer 1  answer 2     A token sees what stands before it in the question and in
 #       question    causal       .         .         its own answer. Log-probs and gradients are those of G
-#       answer 1    all        causal      .         rows, for P + G*T tokens instead of G*(P + T). (Attention
-#       answer 2    all          .       causal      goes over (P + G*T)^2, a loss where answers are long.)
+#       answer 1    all        causal      .         rows, for P + G*T tokens instead of G*(P + T).
+#       answer 2    all          .       causal
+#
+#   Attention goes over (P + G*T)^2, a loss where answers are long. So a long group is dealt out over rows: if
+#   matrices cost c1 FLOPs a token and attention c2 * L, of (P / T) * sqrt(c1 / (c2 * P) + 1) answers each.
 
 
 class Pack(NamedTuple):  # groups as tensors: what the policy reads, and what the loss needs
@@ -545,13 +561,17 @@ def answers_of(groups: list[Group]) -> list[Trajectory]:
     return [t for group in groups for t in group.trajectories]
 
 
-def pack(groups: list[Group], device: torch.device | str = "cpu") -> Pack:
-    """Lay out each group as one row (see the drawing)."""
-    ids, positions, segments, answers = [], [], [], answers_of(groups)
+def pack(groups: list[Group], device: torch.device | str = "cpu", c1_by_c2: float = math.inf) -> Pack:
+    """Lay out each group as one row, or several (see the drawing)."""
+    rows, ids, positions, segments, answers = [], [], [], [], answers_of(groups)
     for group in groups:
-        prompt = group.prompt
+        n_prompt, n_answer = len(group.prompt.ids), len(group.trajectories)
+        length = sum(len(t.ids) for t in group.trajectories) / n_answer
+        best = n_prompt / length * math.sqrt(c1_by_c2 / n_prompt + 1)
+        rows += [(group.prompt, some) for some in batches(group.trajectories, round(min(best, n_answer)))]
+    for prompt, some in rows:
         parts, places = [prompt.ids[:-1]], [prompt.positions[:-1]]
-        for t in group.trajectories:
+        for t in some:
             parts.append(torch.tensor([prompt.ids[-1], *t.ids[:-1]]))
             places.append(prompt.positions[-1] + torch.arange(len(t.ids))[:, None])
         ids.append(torch.cat(parts))
@@ -561,7 +581,7 @@ def pack(groups: list[Group], device: torch.device | str = "cpu") -> Pack:
         ids=pad(ids),
         positions=pad(positions),
         segments=pad(segments),
-        vision=vision_inputs([group.prompt for group in groups]),
+        vision=vision_inputs([prompt for prompt, _ in rows]),
         target=pad(t.ids for t in answers),
         mask=pad([True] * len(t.ids) for t in answers),
         behavior_logp=pad(t.behavior_logp or [math.nan] * len(t.ids) for t in answers),
@@ -576,6 +596,10 @@ class Policy(nn.Module):  # a Qwen2.5-VL, be it student, expert or reference, as
     def __init__(self, model, unwritable: Tensor):
         super().__init__()
         self.model, self.unwritable = model, unwritable
+        layer = model.model.language_model.layers[0]
+        self.c1_by_c2 = sum(p.numel() for p in layer.parameters()) / (
+            2 * model.config.text_config.hidden_size
+        )
 
     def token_logp(self, hidden: Tensor, target: Tensor) -> Tensor:
         """hidden [tokens, D], target [tokens] -> log-probs [tokens], in float32."""
@@ -585,13 +609,9 @@ class Policy(nn.Module):  # a Qwen2.5-VL, be it student, expert or reference, as
 
     def forward(self, pack: Pack) -> Tensor:
         """-> logp [N, T], 0 at padding."""
-        core = self.model.model
-        embeds = core.get_input_embeddings()(pack.ids)  # [R, L, D]
-        features = torch.cat(core.get_image_features(**pack.vision, return_dict=True).pooler_output)
-        is_image = (pack.ids == self.model.config.image_token_id)[..., None]  # [R, L, 1]
         query, key = pack.segments[:, :, None], pack.segments[:, None, :]
-        hidden = core.language_model(
-            inputs_embeds=embeds.masked_scatter(is_image, features.to(embeds)),
+        hidden = self.model.model.language_model(
+            inputs_embeds=embed(self.model, pack.ids, [pack.vision]),
             position_ids=pack.positions.movedim(-1, 0),
             attention_mask=((key == 0) | (key == query)).tril()[:, None],  # [R, 1, L, L] see the drawing
             use_cache=False,
@@ -608,7 +628,7 @@ def score(policy: Policy, groups: list[Group], micro_batch: int) -> Iterator[tup
     """Every answer with its log-probs, by the forward pass that training uses."""
     policy.eval()
     for part in batches(groups, micro_batch):
-        logp = policy(pack(part, policy.model.device)).tolist()
+        logp = policy(pack(part, policy.model.device, policy.c1_by_c2)).tolist()
         yield from ((t, row[: len(t.ids)]) for t, row in zip(answers_of(part), logp, strict=True))
 
 
@@ -670,9 +690,12 @@ class Experts(Options):
 
 def make_experts(options: Experts):
     accelerator, dtype = start_processes()
+    if options.spread and accelerator.num_processes > 1:
+        raise BadInput("--spread is for one process: start it by `python tgrl.py experts`")
     model, processor = load_model(options.model, dtype, device_map="auto" if options.spread else None)
     model = model if options.spread else model.to(accelerator.device)
     encoder, path = Encoder(processor, model, options), Path(options.experts)
+    options.generate_batch = options.generate_batch or batch_that_fits(model, options)
     problems = {p.id: p for p in load_problems(options.data, options.split, encoder)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
@@ -839,14 +862,17 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
             self.policy.model.activation_checkpointing_enable()
         adam = dict(lr=options.lr, weight_decay=0.01, fused=self.actor.device.type == "cuda")  # [EasyR1]
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), **adam)
+        # AdamW will hold two float32 numbers for each of its parameters.
+        held = 8 * sum(p.to_local().numel() for p in self.policy.parameters())
+        options.generate_batch = options.generate_batch or batch_that_fits(self.actor, options, held)
         self.step = self.drawn = 0  # steps done; questions drawn by all processes
         if (checkpoints := sorted(self.out.glob("checkpoints/??????"))) and options.resume:
             dcp.load({"run": self}, checkpoint_id=checkpoints[-1], no_dist=self.world == 1)
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        header = dict(method=options.method, config=dataclasses.asdict(options), versions=versions)
+        header = dict(method=options.method, config=dataclasses.asdict(options), torch=torch.__version__)
         self.out.mkdir(parents=True, exist_ok=True)
         self.write("metrics.jsonl", header)  # a resumed run repeats steps; the later record counts
-        say(f"{options.method}: step {self.step} to {options.steps}, on {self.world} x {self.actor.device}")
+        where = f"on {self.world} x {self.actor.device}, {options.generate_batch} answers at once on each"
+        say(f"{options.method}: step {self.step} to {options.steps}, {where}")
 
     def write(self, name: str, record: dict):
         if self.rank == 0:
@@ -999,7 +1025,7 @@ def train(options: Train) -> dict:
             lengths, is_expert = zip(*gather_object(mine), strict=True)  # of the answers on all processes
             kl_coef = options.kl_coef * len(is_expert) / is_expert.count(False)  # a mean over own answers
             for part in batches(groups, options.micro_batch):
-                batch = pack(part, run.actor.device)
+                batch = pack(part, run.actor.device, run.policy.c1_by_c2)
                 logp = run.policy.train()(batch)  # [N, T]
                 behavior_logp = torch.where(batch.behavior_logp.isnan(), logp.detach(), batch.behavior_logp)
                 labels = batch.mask, batch.advantages, batch.is_expert, batch.expert_ok
@@ -1085,9 +1111,8 @@ def toy_processor(instruction: str):  # a byte-level BPE, one token a digit; Qwe
 
 def tiny_model(tokenizer, hidden: int = 128, layers: int = 3, vision_layers: int = 2, tied: bool = True):
     shape = dict(hidden_size=hidden, intermediate_size=2 * hidden, initializer_range=0.06)
-    text = dict(vocab_size=len(tokenizer), num_hidden_layers=layers, max_position_embeddings=4096)
-    text |= dict(num_attention_heads=hidden // 32, num_key_value_heads=max(1, hidden // 64))
-    text |= dict(bos_token_id=None, eos_token_id=2, pad_token_id=0)
+    text = dict(vocab_size=len(tokenizer), num_hidden_layers=layers, bos_token_id=None, eos_token_id=2)
+    text |= dict(num_attention_heads=hidden // 32, num_key_value_heads=max(1, hidden // 64), pad_token_id=0)
     text |= dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]))
     vision = dict(depth=vision_layers, num_heads=hidden // 32, fullatt_block_indexes=[vision_layers - 1])
     parts = dict(text_config=shape | text, vision_config=shape | vision | dict(out_hidden_size=hidden))
@@ -1159,11 +1184,8 @@ def toy(options: Toy):
         accuracy[training.method] = train(training)["accuracy"]
     print(f"\nHeld-out greedy accuracy after {options.steps} steps of 24 questions, 8 answers to each:")
     print("\n".join(f"  {method:10} {value:6.1%}" for method, value in accuracy.items()))
-    sys.modules.setdefault("tgrl", sys.modules[__name__])  # eval.py imports it; it may be running as __main__
-    from eval import show
-
-    show([out / method for method in accuracy])
-    print(f"{time.perf_counter() - start:.0f} seconds in all")
+    runs = f"{out}/*{options.algorithm.upper()}"
+    print(f"{time.perf_counter() - start:.0f} seconds in all; the page of both: python eval.py show {runs}")
 
 
 def main():
