@@ -31,12 +31,8 @@ rho is e^-Delta: it damps what the policy underestimates. w is at most 1, so it 
 it is smallest where the policy agrees already, and silences that.
 
 Shapes: B questions, G answers a question, N answers in all, P prompt tokens, T answer tokens, R rows,
-L tokens a row, D hidden size, V vocabulary. Names for the paper's symbols:
-
-    beta    in Eq. 20 -> sharpness             beta    in Eq. 2, 24      -> kl_coef     m  -> expert_ok
-    sigma   in Eq. 20 -> sigmoid               sigma   in Eq. 15, 19     -> std         r~ -> coefficient
-    epsilon in a clip -> clip_low, clip_high   epsilon in a denominator  -> eps
-    log pi_theta      -> logp                  log pi_old, log pi_phi    -> behavior_logp
+L tokens a row, D hidden size, V vocabulary. Names: log pi_theta is logp; log pi_old and log pi_phi are
+behavior_logp; m is expert_ok, r~ the coefficient, beta of Eq. 20 the sharpness, beta of Eq. 24 kl_coef.
 
 What the paper leaves open, and what is done here (reasons in README.md):
 
@@ -46,31 +42,28 @@ What the paper leaves open, and what is done here (reasons in README.md):
     DAPO's mean over tokens            over all tokens of an update, on all processes
     std                                unbiased; eps is 1e-6, outside the root
     whether the rewards differ         judged on the policy's answers and right expert answers
-    several updates a rollout          pi_old comes from the training forward, before the first
 """
 
 import base64
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import io
 import itertools
 import json
-import logging
 import math
 import multiprocessing
 import os
 import random
 import re
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Literal
 
 import datasets
 import math_verify
@@ -81,21 +74,19 @@ import torch.distributed.checkpoint as dcp
 import transformers
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object, send_to_device
-from latex2sympy2_extended import NormalizationConfig
+from accelerate.utils import gather_object, send_to_device
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
 from PIL import Image, ImageDraw
 from qwen_vl_utils import fetch_image
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoProcessor, DynamicCache, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoProcessor, Cache, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 # ===== 1. The loss: Eq. 15-25. It needs torch alone; copy the section as it is. =======================
-#
 # Every answer brings `behavior_logp`, its log-probs under whoever wrote it, pi_old or pi_phi. So the ratio of
 # PPO and Eq. 17 are one line. `shares` says how much each token counts, so an update can be split at will.
 
@@ -182,8 +173,6 @@ def tgrl_loss(
         "expert_delta": total(behavior_logp - logp, expert),
     }
     if kl_coef:
-        if ref_logp is None:
-            raise ValueError("kl_coef needs ref_logp, the log-probs of the reference")
         gap = torch.where(own, ref_logp - logp, 0).clamp(-20, 20)  # k3 needs samples of the policy
         k3 = gap.expm1() - gap  # e^gap - 1 - gap, precise where it is small
         loss = loss + kl_coef * (shares * k3).sum()  # Eq. 2, 24
@@ -193,14 +182,22 @@ def tgrl_loss(
 
 # ===== 2. Reward: is the boxed answer right?   Eq. 3 ==================================================
 
-UNICODE = {"²": "^2", "³": "^3", "√": r"\sqrt ", "∞": r"\infty ", "º": "°", "˚": "°", "≈": "=", "∠": ""}
-UNITS = "mm millimeter millimetre|cm centimeter centimetre|m meter metre|km kilometer kilometre|in inche inch"
-UNITS += "|ft feet foot|yd yard|mi mile|deg degree|g gram|kg kilogram|h hour|min minute|sec second"
-UNITS = {name: names.split()[0] for names in UNITS.split("|") for name in names.split()}
-AMOUNT = r"(.*(?:[\d)}π]|\\pi))"  # what a unit can stand behind
-KNOWN_UNIT = rf"{AMOUNT} ?(sq(?:uare|\.)? )?({'|'.join(UNITS)})s?\.?(?: ?\^ ?\{{? ?([23]) ?\}}?)?"
-NO_UNIT = r"(?:or|and|plus|over|times|(?:arc)?(?:sin|cos|tan|sec)|log|ln) |hundred|thousand|[mb]illion"
-OTHER_UNIT = rf"{AMOUNT} (?!{NO_UNIT})[A-Za-z]{{3,}}[A-Za-z ./]*|{AMOUNT} ?[a-z]{{1,2}}/[a-z]+"
+UNICODE = {"²": "^2", "³": "^3", "√": r"\sqrt ", "∞": r"\infty ", "π": r"\pi ", "×": r"\times ", "−": "-"}
+UNICODE |= {"–": "-", "º": "°", "˚": "°", "∠": "", "%": "", "厘": "c", "米": "m"}
+NOTHING = r"\\(?:angle|left|right)(?![a-z])|\\(?=%|$)|^(?:[=≈€]|about )+|[=≈]+$|\.$"
+NOTHING += r"|(?<=\d)(?:\{,\}|,| )(?=\d{3}(?:\D|$))"  # in 10,000
+PLAIN = {NOTHING: "", r"\\approx": "≈", r" (?:square|sq\.?) ([a-z]+)": r" \1^2", r" cubic ([a-z]+)": r" \1^3"}
+PLAIN |= {r"\^ ?\{? ?(?:\\circ|°|o) ?\}?|\\(?:circ|degree)| deg(?:rees?)?\b": "°"}
+PLAIN |= {r"\\sqrt ?(\d+|\([^()]*\))": r"\\sqrt{\1}", r"(?<![A-Za-z\\])pi(?![A-Za-z])": r"\\pi"}
+PLAIN |= {r"(?<!\d)(\d+) (\d+) ?/ ?(\d+)": r"(\1+\2/\3)", r"(?<=[\d)}]) ?units?(?:\^[23])?$": ""}  # 3 1/2
+COUNT = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+WORD = r"(?!(?:and|over|plus|times|sin|cos|tan|log|hundred|thousand|[mb]illion)\b)[A-Za-z]{3,}\.?"
+WORD = rf"(?:(?<=[ /])[mgshlLNJVA]|[cmk]m|[mk]g|m[lL]|in\.?|ft|yd|mi|lb|hr|°C?|Ω|€|{WORD})"
+UNIT = rf"(.*(?:[\d)}}]|\\pi)) ?({WORD}(?:[ /]{WORD})*(?: ?\^ ?\{{?[23]\}}?)?)"
+NAME = r"(?:^|(?<=,))(?:[^\d=<>!+*/^-]|(?<=[A-Za-z_ ])\d|(?<=_\{)\d)+="  # m\widehat{AB} = 60, not 2x = 60
+RUN = r"(?<=[\d.]) ?(?:-|x|\*|\\times) ?(?=[\d.])"  # between the numbers of a range or of dimensions
+LATEX = dict(is_real=True, conversion_config=ConversionConfig(lowercase_symbols=False))
+LATEX |= dict(normalization_config=NormalizationConfig(malformed_operators=True))
 
 # A process that can be killed: sympy can spend hours in one call of C code, as for 9^{9^{9^9}}.
 grading_process = pebble.ProcessPool(max_workers=1, context=multiprocessing.get_context("fork"))
@@ -219,56 +216,65 @@ def extract_boxed(text: str) -> str | None:
 
 
 def without_latex(text: str) -> str:  # without formula signs, text commands and spaces
-    text = re.sub(r"(?<!\\)\\[\[\]()]|\\?\$", "", text)
+    text = re.sub(r"(?<!\\)\\[\[\]()]|\\?\$|\\!", "", text)
     text = re.sub(r"\\(?:text|math)(?:rm|bf|it|normal)?\s*\{([^{}]*)\}", r" \1 ", text)
-    return re.sub(" +", " ", re.sub(r"(?<!\\)\\(?:[,;:! ]|q?quad\b)|[\s~]", " ", text))
+    return re.sub(" +", " ", re.sub(r"(?<!\\)\\(?:[,;: ]|q?quad\b)|[\s~]", " ", text)).strip()
 
 
 def value_and_unit(text: str) -> tuple[str, str]:
-    """What math-verify does not know of how Geo3K, ViRL39K and models write an answer."""
-    boxed = extract_boxed(text)
-    text = (text if boxed is None else boxed).translate(str.maketrans(UNICODE)).replace(r"\approx", "=")
-    text, degrees = re.subn(r"\^ ?\{? ?\\circ ?\}?|\\degree|\^?°", "", without_latex(text))
-    text = re.sub(r"\\sqrt ?(\d+|\([^()]*\))", r"\\sqrt{\1}", re.sub(" +", " ", text))
-    text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi", text)
-    text = text.strip(" =").removesuffix(".").strip()
-    if known := re.fullmatch(KNOWN_UNIT, text):
-        value, square, unit, power = known.groups()
-        return value, UNITS[unit] + ("2" if square else power or "")
-    other = re.fullmatch(OTHER_UNIT, text)  # 5 dollars, 5 m/s: contradicts nothing
-    return (other[1] or other[2]) if other else text, "deg" if degrees else ""
+    """An answer as it is compared, and the unit or the words behind its number."""
+    text = without_latex(text.translate(str.maketrans(UNICODE)))
+    for written, compared in PLAIN.items():
+        text = re.sub(written, compared, text, flags=re.IGNORECASE).strip()
+    text = str(COUNT.index(text.lower())) if text.lower() in COUNT else text
+    found = re.fullmatch(UNIT, text)
+    return (found[1], re.sub("[^a-z23°]|s$", "", found[2].lower())) if found else (text, "")
 
 
-def verify(prediction: str, answer: str) -> bool:  # runs in the grading process
-    logging.disable(logging.CRITICAL)
-    normalization = NormalizationConfig(malformed_operators=True, nits=True)
-    latex = [math_verify.LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalization)]
-    sides = [math_verify.parse(f"${text}$", latex, parsing_timeout=None) for text in (answer, prediction)]
-    return bool(math_verify.verify(*sides, timeout_seconds=None))
-
-
-def is_letter(prediction: str, letter: str) -> bool:  # "B", "(B)", or "B. 60"; but not "A. B"
-    choice = re.fullmatch(r"(?i)\(?([A-H])(?:\)[.:]?|[.:]|$) ?(.*)", prediction)
-    return choice is not None and choice[1].lower() == letter and not re.fullmatch("[A-H(),.: ]+", choice[2])
+def same(prediction: str, answer: str) -> bool:
+    """By math-verify, but for letters, words, and what it would compute too much of."""
+    (one, unit), (two, other) = value_and_unit(prediction), value_and_unit(answer)
+    if re.fullmatch(r"(?i)\(?[A-H]\)?", two):  # "B", "(B)", or "B. 60" for B, but not "A. B"
+        option = re.fullmatch(r"(?i)\(?([A-H])(?:\)[.:]?|[.:]|$) ?(?![A-H(),.: ]+$)(.*)", one)
+        return option is not None and option[1].lower() in two.lower()
+    one = re.sub(r"(?i)^\(?[A-H](?:\)[.:]?|[.:]) (?=.)", "", one)  # "B. 60", where 60 is asked
+    short, long = sorted((unit, other), key=len)
+    alike = short in ("", long) or (
+        len(long) > 3 and re.fullmatch(".*".join([*short, ""]), long)
+    )  # cm, centimeter
+    if not one or not two or not alike:
+        return False
+    if any(re.fullmatch("[A-Za-z' ]{2,}", text) for text in (one, two)):  # AB is not the product BA
+        return one.replace(" ", "").lower() == two.replace(" ", "").lower()
+    if "≈" in one + two:
+        return any(same(left, right) for left in one.split("≈") for right in two.split("≈"))
+    if ("=" in one) != ("=" in two) or one[0].lower() == two[0].lower():  # V = 5 for 5, for Volume = 5
+        one, two = re.sub(NAME, "", one), re.sub(NAME, "", two)
+    if ("=" in one) != ("=" in two):  # of 2 + 3 = 5 for 5 each side must be right
+        return all(same(left, right) for left in one.split("=") for right in two.split("="))
+    dashes = all(re.fullmatch(rf"[\d.]+(?:{RUN}[\d.]+)+", text) for text in (one, two))
+    sides = []
+    for text in (two, one):  # ratios, and ranges or dimensions on both sides, are lists; a list is a tuple
+        text = re.sub(rf"[;:]| and {f'|{RUN}' * dashes}", ",", text.replace("°", ""))
+        if re.search(r",(?![^(\[{]*[)\]}])| or ", text):  # or: a set
+            text = f"({text})" if " or " not in text else rf"\{{{text.replace(' or ', ',')}\}}"
+        sides.append(re.sub(r"(?<!\d) | (?!\d)", "", text))
+    if sides[0] == sides[1]:
+        return True
+    if re.search(r"\d \d|\)\d", ",".join(sides)) or ("=" in one and not re.search("[A-Za-z]", one)):
+        return False  # numbers side by side are no product; 1 = 2 says nothing
+    try:
+        return bool(math_verify.verify(*(latex2sympy(text, **LATEX) for text in sides), timeout_seconds=None))
+    except Exception:  # it is no mathematics
+        return False
 
 
 def is_equivalent(prediction: str, answer: str) -> bool:
-    """Do the two mean the same?  Choices and words by rule, everything else by math-verify."""
+    """Do the two mean the same?"""
     if max(len(prediction), len(answer)) > 400:  # nothing longer is compared as mathematics
         return prediction.strip() == answer.strip() != ""
-    (prediction, unit), (answer, answer_unit) = value_and_unit(prediction), value_and_unit(answer)
-    if not prediction or not answer or (unit and answer_unit and unit != answer_unit):
-        return False
-    if re.fullmatch(r"(?i)\(?[A-H]\)?", answer):
-        return is_letter(prediction, answer.strip("()").lower())
-    prediction = re.sub(r"(?i)^\(?[A-H](?:\)[.:]?|[.:]) (?=.)", "", prediction)  # "B. 60", where 60 is asked
-    if ("=" in prediction) != ("=" in answer):  # m\widehat{AB} = 60, but not 2x + 1 = 60
-        prediction, answer = (re.sub(r"^[^\d=<>!+*/^,-]+= *", "", text) for text in (prediction, answer))
-    sides = [re.sub(r" |\\?%$", "", text).lower() for text in (prediction, answer)]
-    if sides[0] == sides[1] or any(re.fullmatch("[A-Za-z ]+", text) for text in (prediction, answer)):
-        return sides[0] == sides[1]  # words are no products of letters: AB is not BA
     try:
-        return grading_process.schedule(verify, (prediction, answer), timeout=2).result()
+        return grading_process.schedule(same, (prediction, answer), timeout=2).result()
     except Exception as error:
         grader_errors[type(error).__name__] += 1
         return False
@@ -294,7 +300,7 @@ class BadInput(ValueError):
     """Something the user can mend: the message says what was wrong, where, and what to do."""
 
 
-@dataclass
+@dataclasses.dataclass
 class Options:  # what all commands share; in [brackets]: where a default comes from
     data: str = "hiyouga/geometry3k"  # questions: hub id, .parquet, .jsonl, or a folder [paper]
     split: str = "train"  # its split; "train[:8]" is its first eight rows
@@ -309,7 +315,7 @@ class Options:  # what all commands share; in [brackets]: where a default comes 
     seed: int = 1  # of the order of questions and of sampling [EasyR1]
 
 
-@dataclass
+@dataclasses.dataclass
 class Problem:
     id: str  # a hash of the content; `load_problems` adds how it is asked: so the cache knows it
     question: str  # with one <image> where each picture goes
@@ -317,7 +323,7 @@ class Problem:
     answer: str
 
 
-@dataclass
+@dataclasses.dataclass
 class Prompt:
     ids: Tensor  # [P] each picture expanded to its image tokens
     positions: Tensor  # [P, 3] time, height, width
@@ -325,7 +331,7 @@ class Prompt:
     grid: Tensor  # [pictures, 3] patches in time, height, width
 
 
-@dataclass
+@dataclasses.dataclass
 class Trajectory:  # one answer; as its fields are plain, it is also a record of the cache and of groups.jsonl
     ids: list[int]  # T tokens, with the end token unless it was truncated
     text: str
@@ -339,7 +345,7 @@ class Trajectory:  # one answer; as its fields are plain, it is also a record of
     behavior_logp: list[float] | None = None  # [T] under whoever wrote it: pi_old or pi_phi
 
 
-@dataclass
+@dataclasses.dataclass
 class Group:
     problem: Problem
     prompt: Prompt
@@ -392,12 +398,10 @@ class Encoder:  # question -> prompt, the same way for rollouts, experts, traini
     def __init__(self, processor, model, options: Options):
         self.processor, self.tokenizer, self.options = processor, processor.tokenizer, options
         self.rope_index, self.generation_config = model.model.get_rope_index, model.generation_config
-        # Every token that ends an answer; Qwen has two, one of which, <|endoftext|>, is the padding as well.
-        ends = model.generation_config.eos_token_id
+        ends = model.generation_config.eos_token_id  # Qwen's has two; one, <|endoftext|>, is also the padding
         self.ends = sorted({self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [])})
-        # What no answer may hold: vision tokens, which would crash the next forward, and embedding rows that
-        # have no token. They are left out of every softmax, so that a log-prob is the one that was sampled
-        # from, and so that 3B with its 151936 rows and 32B with 152064 have the same support.
+        # What no answer may hold: vision tokens, which would crash the next forward, and embeddings that have
+        # no token, whose number differs from 3B to 32B. They are left out of every softmax.
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         beyond = range(len(self.tokenizer), model.get_output_embeddings().out_features)
         self.unwritable = torch.tensor(sorted({getattr(model.config, name) for name in names}.union(beyond)))
@@ -453,7 +457,9 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, **options):
 
 def pad(rows: Iterable, side: str = "right") -> Tensor:
     """Rows of different length -> [rows, longest, ...], with 0 at that side."""
-    return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_side=side)
+    return nn.utils.rnn.pad_sequence(
+        [torch.as_tensor(row) for row in rows], batch_first=True, padding_side=side
+    )
 
 
 def batch_that_fits(model, options: Options, held: int = 0) -> int:
@@ -478,12 +484,25 @@ def embed(model, ids: Tensor, pictures: list[dict]) -> Tensor:
     return embeds.masked_scatter((ids == model.config.image_token_id)[..., None], features.to(embeds))
 
 
+class RoomyLayer(transformers.cache_utils.DynamicLayer):
+    """A layer's cache with room for 256 more tokens; Hugging Face's copies itself for each new one."""
+
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:  # [B, heads, T, D]
+        start = self.get_seq_length()
+        if not start:
+            return super().update(keys, values)
+        if getattr(self, "room", None) is None or start == self.room.shape[3]:
+            self.room = nn.functional.pad(torch.stack([self.keys, self.values]), (0, 0, 0, 256))
+        self.room[:, :, :, start : start + 1] = torch.stack([keys, values])
+        self.keys, self.values = self.room[:, :, :, : start + 1]
+        return self.keys, self.values
+
+
 @torch.no_grad()
 def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: float = 1.0) -> list[list]:
     """n answers to each prompt, as token ids up to and with the first end token. In training the temperature
     is 1, else pi_old is not what was sampled from; at 0 it takes the likeliest token."""
-    # generate fills whatever it is not told from the checkpoint's generation_config (repetition_penalty
-    # 1.05, top_k ...). So the actor gets one in which nothing is set but what is written here.
+    # What generate is not told it takes from the checkpoint's (repetition_penalty 1.05 ...): so all is told.
     how = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else {}
     how |= dict(max_new_tokens=encoder.options.max_answer, suppress_tokens=encoder.unwritable.tolist())
     actor.generation_config = GenerationConfig(eos_token_id=encoder.ends, pad_token_id=encoder.ends[0], **how)
@@ -493,7 +512,7 @@ def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: 
 
     # Each question is prefilled once, but for its last token, and its cache repeated for its answers.
     pictures = [send_to_device(vision_inputs(part), actor.device) for part in batches(prompts, 8)]
-    embeds, cache = embed(actor, ids[:, :-1], pictures), DynamicCache(config=actor.config.get_text_config())
+    embeds, cache = embed(actor, ids[:, :-1], pictures), Cache(layer_class_to_replicate=RoomyLayer)
     known = dict(attention_mask=seen[:, :-1], position_ids=positions[..., :-1])
     actor.model.language_model(inputs_embeds=embeds, **known, cache=cache, use_cache=True)
     cache.batch_repeat_interleave(n)
@@ -527,7 +546,6 @@ def rollout(actor, encoder: Encoder, problems: list[Problem], n: int, temperatur
 
 
 # ===== 5. Log-probs: a group is one row ===============================================================
-#
 #   row:       [ picture, question but its last token | answer 1 | answer 2 | ... | answer G ]
 #   segment:     0 0 0 0 0 0 0 0 0                      1 1 1 1    2 2 2           G G G G
 #   position:    0 1 ...         p-1                    p p+1 ..   p p+1 ..        p p+1 ..
@@ -539,30 +557,16 @@ def rollout(actor, encoder: Encoder, problems: list[Problem], n: int, temperatur
 #       question    causal       .         .         its own answer. Log-probs and gradients are those of G
 #       answer 1    all        causal      .         rows, for P + G*T tokens instead of G*(P + T).
 #       answer 2    all          .       causal
-#
 #   Attention goes over (P + G*T)^2, a loss where answers are long. So a long group is dealt out over rows: if
 #   matrices cost c1 FLOPs a token and attention c2 * L, of (P / T) * sqrt(c1 / (c2 * P) + 1) answers each.
-
-
-class Pack(NamedTuple):  # groups as tensors: what the policy reads, and what the loss needs
-    ids: Tensor  # [R, L]
-    positions: Tensor  # [R, L, 3]
-    segments: Tensor  # [R, L] 0: question, or padding, which stands last, so that nothing sees it
-    vision: dict
-    target: Tensor  # [N, T]
-    mask: Tensor  # [N, T] True: an answer token, the end token included
-    behavior_logp: Tensor  # [N, T] nan: pi_old is the policy itself, whose log-probs the forward brings
-    advantages: Tensor  # [N]
-    is_expert: Tensor  # [N]
-    expert_ok: Tensor  # [N]
 
 
 def answers_of(groups: list[Group]) -> list[Trajectory]:
     return [t for group in groups for t in group.trajectories]
 
 
-def pack(groups: list[Group], device: torch.device | str = "cpu", c1_by_c2: float = math.inf) -> Pack:
-    """Lay out each group as one row, or several (see the drawing)."""
+def pack(groups: list[Group], device: torch.device | str = "cpu", c1_by_c2: float = math.inf):
+    """Each group as one row, or several (see the drawing): what the policy reads, and what the loss needs."""
     rows, ids, positions, segments, answers = [], [], [], [], answers_of(groups)
     for group in groups:
         n_prompt, n_answer = len(group.prompt.ids), len(group.trajectories)
@@ -577,19 +581,22 @@ def pack(groups: list[Group], device: torch.device | str = "cpu", c1_by_c2: floa
         ids.append(torch.cat(parts))
         positions.append(torch.cat(places))
         segments.append(torch.cat([torch.full_like(part, number) for number, part in enumerate(parts)]))
-    result = Pack(
-        ids=pad(ids),
-        positions=pad(positions),
-        segments=pad(segments),
+    tensors = dict(
+        ids=pad(ids),  # [R, L]
+        positions=pad(positions),  # [R, L, 3]
+        segments=pad(segments),  # [R, L] 0: question, or padding, which stands last, so that nothing sees it
         vision=vision_inputs([prompt for prompt, _ in rows]),
-        target=pad(t.ids for t in answers),
-        mask=pad([True] * len(t.ids) for t in answers),
-        behavior_logp=pad(t.behavior_logp or [math.nan] * len(t.ids) for t in answers),
-        advantages=torch.tensor([t.advantage for t in answers]),
+        target=pad(t.ids for t in answers),  # [N, T]
+        mask=pad(
+            [True] * len(t.ids) for t in answers
+        ),  # [N, T] True: an answer token, the end token included
+        # nan: pi_old is the policy itself, whose log-probs the forward brings
+        behavior_logp=pad(t.behavior_logp or [math.nan] * len(t.ids) for t in answers),  # [N, T]
+        advantages=torch.tensor([t.advantage for t in answers]),  # [N]
         is_expert=torch.tensor([t.is_expert for t in answers]),
         expert_ok=torch.tensor([t.expert_ok for t in answers]),
     )
-    return send_to_device(result, device)
+    return SimpleNamespace(**send_to_device(tensors, device))
 
 
 class Policy(nn.Module):  # a Qwen2.5-VL, be it student, expert or reference, as log-probs of answers
@@ -607,7 +614,7 @@ class Policy(nn.Module):  # a Qwen2.5-VL, be it student, expert or reference, as
         logits = logits.index_fill(-1, self.unwritable.to(logits.device), -torch.inf)  # [tokens, V]
         return -nn.functional.cross_entropy(logits, target.to(logits.device), reduction="none")
 
-    def forward(self, pack: Pack) -> Tensor:
+    def forward(self, pack: SimpleNamespace) -> Tensor:
         """-> logp [N, T], 0 at padding."""
         query, key = pack.segments[:, :, None], pack.segments[:, None, :]
         hidden = self.model.model.language_model(
@@ -646,12 +653,9 @@ def append_records(path: Path, records: list[dict]):
 
 
 def read_records(path: Path) -> Iterator[dict]:
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-        try:
-            if line:
-                yield json.loads(line)
-        except ValueError:
-            say(f"{path}: line {number} is no record, perhaps torn by a kill, and left out")
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError):  # it is empty, or a kill tore it
+            yield json.loads(line)
 
 
 def read_cache(path: Path, questions: Iterable[str]) -> dict[str, list[Trajectory]]:
@@ -662,15 +666,16 @@ def read_cache(path: Path, questions: Iterable[str]) -> dict[str, list[Trajector
             raise BadInput(f"{path} holds a record that is not an answer with a log-prob for each token")
         if (question := record.pop("question")) in experts:
             experts[question].append(Trajectory(**record))
-    rewards = [t.reward for answers in experts.values() for t in answers]
-    answered = f"{sum(map(bool, experts.values()))} of {len(experts)} questions"
-    say(f"{path}: {len(rewards)} answers to {answered}, {sum(rewards):.0f} right")
+    rewards, answered = (
+        [t.reward for some in experts.values() for t in some],
+        sum(map(bool, experts.values())),
+    )
+    say(f"{path}: {len(rewards)} answers to {answered} of {len(experts)} questions, {sum(rewards):.0f} right")
     return experts
 
 
 def start_processes() -> tuple[Accelerator, torch.dtype]:  # and the dtype of computation
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one samples, the others wait
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each length, so for each new token
     cuda = accelerator.device.type == "cuda"
     if not torch.distributed.is_initialized():  # started without a launcher: a world of one
@@ -679,7 +684,7 @@ def start_processes() -> tuple[Accelerator, torch.dtype]:  # and the dtype of co
     return accelerator, torch.bfloat16 if cuda else torch.float32
 
 
-@dataclass
+@dataclasses.dataclass
 class Experts(Options):
     """Sample answers from a strong model, score and grade them, and add them to a cache."""
 
@@ -718,9 +723,8 @@ def make_experts(options: Experts):
     read_cache(path, problems)
 
 
-# Experts of its own, in the spirit of IVR-R1 (arXiv 2605.23997), of which only the abstract is public. From
-# it: a wrong answer's error is traced to a step, and reasoning is taken up again from there, with the picture
-# once more, and verified. How this is done, in one round, is our choice.
+# Experts of its own, in the spirit of the abstract of IVR-R1 (arXiv 2605.23997), which is all that is public:
+# a wrong answer is traced to a step, taken up again from there, with the picture once more, and verified.
 
 LOOK = "Look once more, closely, and go on from where the answer stands."
 DOUBTED = -2.0  # a token of a log-prob below this makes its step suspect
@@ -776,7 +780,7 @@ BY_ALGORITHM = {
 }
 
 
-@dataclass
+@dataclasses.dataclass
 class Train(Options):
     """Train by TGRL-DAPO or TGRL-GRPO; with --experts self on experts that the policy makes [IVR-R1]."""
 
@@ -862,8 +866,7 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
             self.policy.model.activation_checkpointing_enable()
         adam = dict(lr=options.lr, weight_decay=0.01, fused=self.actor.device.type == "cuda")  # [EasyR1]
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), **adam)
-        # AdamW will hold two float32 numbers for each of its parameters.
-        held = 8 * sum(p.to_local().numel() for p in self.policy.parameters())
+        held = 8 * sum(p.to_local().numel() for p in self.policy.parameters())  # AdamW's moments, to come
         options.generate_batch = options.generate_batch or batch_that_fits(self.actor, options, held)
         self.step = self.drawn = 0  # steps done; questions drawn by all processes
         if (checkpoints := sorted(self.out.glob("checkpoints/??????"))) and options.resume:
@@ -871,8 +874,7 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         header = dict(method=options.method, config=dataclasses.asdict(options), torch=torch.__version__)
         self.out.mkdir(parents=True, exist_ok=True)
         self.write("metrics.jsonl", header)  # a resumed run repeats steps; the later record counts
-        where = f"on {self.world} x {self.actor.device}, {options.generate_batch} answers at once on each"
-        say(f"{options.method}: step {self.step} to {options.steps}, {where}")
+        say(f"{options.method}, {self.world} x {self.actor.device}, {options.generate_batch} answers at once")
 
     def write(self, name: str, record: dict):
         if self.rank == 0:
@@ -880,12 +882,11 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
 
     def state_dict(self) -> dict:
         weights, optimizer = get_state_dict(self.policy, self.optimizer)
-        return {"weights": weights, "optimizer": optimizer, "step": self.step, "drawn": self.drawn}
+        return dict(model_state_dict=weights, optim_state_dict=optimizer, step=self.step, drawn=self.drawn)
 
     def load_state_dict(self, state: dict):
-        parts = dict(model_state_dict=state["weights"], optim_state_dict=state["optimizer"])
-        set_state_dict(self.policy, self.optimizer, **parts)
-        self.step, self.drawn = state["step"], state["drawn"]
+        self.step, self.drawn = state.pop("step"), state.pop("drawn")
+        set_state_dict(self.policy, self.optimizer, **state)
         for group in self.optimizer.param_groups:  # --lr may be another now
             group["lr"] = self.options.lr
 
@@ -1050,7 +1051,6 @@ def train(options: Train) -> dict:
 
 
 # ===== 8. The toy world: everything above, tiny and real, on a CPU ====================================
-#
 # A picture shows a w x h grid; asked is its area plus its edge. An answer reads two sides off the picture
 # (perception) and takes three steps (transitions), each by its right rule or a wrong one. The expert mostly
 # takes the right ones. The student sees as well, but goes wrong after it, the failure of Fig. 1 (B).
@@ -1064,7 +1064,7 @@ TOY_TEMPLATE = "<|im_start|>user\n{% for part in messages[0].content %}{{ part.t
 TOY_TEMPLATE += "<|image_pad|><|vision_end|>' }}{% endfor %}<|im_end|>\n<|im_start|>assistant{{ '\\n' }}"
 
 
-@dataclass
+@dataclasses.dataclass
 class Toy:
     """Warm up a tiny student and expert; train the student without and with the expert; compare."""
 
@@ -1184,8 +1184,7 @@ def toy(options: Toy):
         accuracy[training.method] = train(training)["accuracy"]
     print(f"\nHeld-out greedy accuracy after {options.steps} steps of 24 questions, 8 answers to each:")
     print("\n".join(f"  {method:10} {value:6.1%}" for method, value in accuracy.items()))
-    runs = f"{out}/*{options.algorithm.upper()}"
-    print(f"{time.perf_counter() - start:.0f} seconds in all; the page of both: python eval.py show {runs}")
+    print(f"{time.perf_counter() - start:.0f} seconds; to look at both: python eval.py show {out}/*PO")
 
 
 def main():
@@ -1193,7 +1192,7 @@ def main():
         options = tyro.cli(Toy | Experts | Train, default=Toy(), description=__doc__, use_underscores=True)
         {Toy: toy, Experts: make_experts, Train: train}[type(options)](options)
     except (BadInput, OSError) as error:
-        sys.exit(f"tgrl.py: {error}")
+        raise SystemExit(f"tgrl.py: {error}") from None
 
 
 if __name__ == "__main__":
