@@ -759,9 +759,11 @@ def test_as_many_answers_at_once_as_free_memory_holds(monkeypatch):
     assert tgrl.batch_that_fits(model, tgrl.Options()) == 64  # without a GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50 * 2**30, 80 * 2**30))
-    for held, room in ((0, 45), (25, 20), (60, 0)):
+    for gib, room in ((0, 45), (25, 20), (60, 0)):  # of AdamW's moments, 8 bytes a parameter of this process
+        shard = torch.empty(gib * 2**27, device="meta")
+        policy = SimpleNamespace(parameters=lambda shard=shard: [SimpleNamespace(to_local=lambda: shard)])
         fits = max(1, room * 2**30 // (36864 * (2048 + 2048)))
-        assert tgrl.batch_that_fits(model, tgrl.Options(), held * 2**30) == fits
+        assert tgrl.batch_that_fits(model, tgrl.Options(), policy) == fits
 
 
 def test_rollout_log_probs_are_training_log_probs(world, monkeypatch):

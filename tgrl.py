@@ -231,42 +231,44 @@ def value_and_unit(text: str) -> tuple[str, str]:
     return (found[1], re.sub("[^a-z23°]|s$", "", found[2].lower())) if found else (text, "")
 
 
-def same(prediction: str, answer: str) -> bool:
-    """By math-verify, but for letters, words, and what it would compute too much of."""
-    (one, unit), (two, other) = value_and_unit(prediction), value_and_unit(answer)
-    if re.fullmatch(r"(?i)\(?[A-H]\)?", two):  # "B", "(B)", or "B. 60" for B, but not "A. B"
-        option = re.fullmatch(r"(?i)\(?([A-H])(?:\)[.:]?|[.:]|$) ?(?![A-H(),.: ]+$)(.*)", one)
-        return option is not None and option[1].lower() in two.lower()
-    one = re.sub(r"(?i)^\(?[A-H](?:\)[.:]?|[.:]) (?=.)", "", one)  # "B. 60", where 60 is asked
-    short, long = sorted((unit, other), key=len)
-    alike = short in ("", long) or (
-        len(long) > 3 and re.fullmatch(".*".join([*short, ""]), long)
-    )  # cm, centimeter
-    if not one or not two or not alike:
-        return False
-    if any(re.fullmatch("[A-Za-z' ]{2,}", text) for text in (one, two)):  # AB is not the product BA
-        return one.replace(" ", "").lower() == two.replace(" ", "").lower()
-    if "≈" in one + two:
-        return any(same(left, right) for left in one.split("≈") for right in two.split("≈"))
-    if ("=" in one) != ("=" in two) or one[0].lower() == two[0].lower():  # V = 5 for 5, for Volume = 5
-        one, two = re.sub(NAME, "", one), re.sub(NAME, "", two)
-    if ("=" in one) != ("=" in two):  # of 2 + 3 = 5 for 5 each side must be right
-        return all(same(left, right) for left in one.split("=") for right in two.split("="))
-    dashes = all(re.fullmatch(rf"[\d.]+(?:{RUN}[\d.]+)+", text) for text in (one, two))
-    sides = []
-    for text in (two, one):  # ratios, and ranges or dimensions on both sides, are lists; a list is a tuple
+def same_formula(*texts: str) -> bool:
+    """By math-verify, to which a list is a tuple; so are ratios, and of both a range or dimensions."""
+    dashes, sides = all(re.fullmatch(rf"[\d.]+(?:{RUN}[\d.]+)+", text) for text in texts), []
+    for text in texts:
         text = re.sub(rf"[;:]| and {f'|{RUN}' * dashes}", ",", text.replace("°", ""))
         if re.search(r",(?![^(\[{]*[)\]}])| or ", text):  # or: a set
             text = f"({text})" if " or " not in text else rf"\{{{text.replace(' or ', ',')}\}}"
         sides.append(re.sub(r"(?<!\d) | (?!\d)", "", text))
     if sides[0] == sides[1]:
         return True
-    if re.search(r"\d \d|\)\d", ",".join(sides)) or ("=" in one and not re.search("[A-Za-z]", one)):
+    if re.search(r"\d \d|\)\d", ",".join(sides)) or not re.search("^[^=]*$|[A-Za-z]", sides[0]):
         return False  # numbers side by side are no product; 1 = 2 says nothing
     try:
         return bool(math_verify.verify(*(latex2sympy(text, **LATEX) for text in sides), timeout_seconds=None))
     except Exception:  # it is no mathematics
         return False
+
+
+def same(prediction: str, answer: str) -> bool:
+    (one, unit), (two, other) = value_and_unit(prediction), value_and_unit(answer)
+    if re.fullmatch(r"(?i)\(?[A-H]\)?", two):  # "B", "(B)", or "B. 60" for B, but not "A. B"
+        option = re.fullmatch(r"(?i)\(?([A-H])(?:\)[.:]?|[.:]|$) ?(?![A-H(),.: ]+$).*", one)
+        return option is not None and option[1].lower() in two.lower()
+    one = re.sub(r"(?i)^\(?[A-H](?:\)[.:]?|[.:]) (?=.)", "", one)  # "B. 60", where 60 is asked
+    short, long = sorted((unit, other), key=len)  # cm is short for centimeter
+    alike = short in ("", long) or (len(long) > 3 and re.fullmatch(".*".join([*short, ""]), long))
+    if "" in (one, two) or not alike:
+        return False
+    words = [text.replace(" ", "").lower() for text in (one, two)]
+    if min(map(len, words)) > 1 and any(map(str.isalpha, words)):  # AB is not the product BA
+        return words[0] == words[1]
+    if "≈" in one + two:
+        return any(itertools.starmap(same, itertools.product(one.split("≈"), two.split("≈"))))
+    if ("=" in one) != ("=" in two) or one[0].lower() == two[0].lower():  # V = 5 for 5, for Volume = 5
+        one, two = re.sub(NAME, "", one), re.sub(NAME, "", two)
+    if ("=" in one) != ("=" in two):  # of 2 + 3 = 5 for 5 each side must be right
+        return all(itertools.starmap(same, itertools.product(one.split("="), two.split("="))))
+    return same_formula(two, one)
 
 
 def is_equivalent(prediction: str, answer: str) -> bool:
@@ -462,10 +464,11 @@ def pad(rows: Iterable, side: str = "right") -> Tensor:
     )
 
 
-def batch_that_fits(model, options: Options, held: int = 0) -> int:
-    """How many of the longest answers fit in free memory, but for `held` bytes and a tenth to spare."""
-    if not torch.cuda.is_available():
-        return 64
+def batch_that_fits(model, options: Options, policy=None) -> int:
+    """How many of the longest answers fit in free memory, beside a tenth and AdamW's moments."""
+    if options.generate_batch or not torch.cuda.is_available():
+        return options.generate_batch or 64
+    held = 8 * sum(p.to_local().numel() for p in policy.parameters()) if policy else 0
     free = sum(torch.cuda.mem_get_info(device)[0] for device in {p.device for p in model.parameters()})
     layers = model.model.language_model.layers
     token = 2 * len(layers) * layers[0].self_attn.k_proj.out_features * model.dtype.itemsize  # its cache
@@ -700,7 +703,7 @@ def make_experts(options: Experts):
     model, processor = load_model(options.model, dtype, device_map="auto" if options.spread else None)
     model = model if options.spread else model.to(accelerator.device)
     encoder, path = Encoder(processor, model, options), Path(options.experts)
-    options.generate_batch = options.generate_batch or batch_that_fits(model, options)
+    options.generate_batch = batch_that_fits(model, options)
     problems = {p.id: p for p in load_problems(options.data, options.split, encoder)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
@@ -866,8 +869,7 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
             self.policy.model.activation_checkpointing_enable()
         adam = dict(lr=options.lr, weight_decay=0.01, fused=self.actor.device.type == "cuda")  # [EasyR1]
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), **adam)
-        held = 8 * sum(p.to_local().numel() for p in self.policy.parameters())  # AdamW's moments, to come
-        options.generate_batch = options.generate_batch or batch_that_fits(self.actor, options, held)
+        options.generate_batch = batch_that_fits(self.actor, options, self.policy)
         self.step = self.drawn = 0  # steps done; questions drawn by all processes
         if (checkpoints := sorted(self.out.glob("checkpoints/??????"))) and options.resume:
             dcp.load({"run": self}, checkpoint_id=checkpoints[-1], no_dist=self.world == 1)
@@ -999,14 +1001,8 @@ def train(options: Train) -> dict:
         metrics = [run.between_steps()]
         torch.manual_seed(hash((options.seed, run.step, run.rank)))  # so that a resumed run samples the same
 
-        chosen, flat, tried = [], [], 0  # groups with contrast, without; groups drawn
+        chosen, flat, tried, n = [], [], 0, quota  # groups with contrast, without; groups drawn; to draw next
         for _ in range(options.max_draws):
-            found = gather_object([len(chosen)])  # so all processes decide alike
-            missing = quota - min(found)
-            if missing <= 0:
-                break
-            # as many as bring what is missing, if as large a share as so far has contrast
-            n = min(quota, math.ceil(missing * tried * run.world / max(1, sum(found)))) if tried else quota
             tried += n
             groups = rollout(run.actor, run.encoder, run.draw(n), options.n_on)  # Eq. 3, 13
             metrics.append(run.add_experts(groups))  # Eq. 14
@@ -1015,6 +1011,11 @@ def train(options: Train) -> dict:
                 (chosen if group.has_contrast else flat).append(group)
             metrics.append(describe(groups))
             del flat[quota:]  # their pictures take memory
+            found = gather_object([len(chosen)])  # so all processes decide alike
+            # as many as bring what is missing, if as large a share as so far has contrast
+            n = min(quota, math.ceil((quota - min(found)) * tried * run.world / max(1, sum(found))))
+            if n <= 0:
+                break
         # DAPO fills up what is missing from those without contrast; GRPO, which draws once, takes all.
         chosen = (chosen + flat)[:quota]
         if n_updates > 1:  # pi_old; with one update it is the policy itself
