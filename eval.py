@@ -23,7 +23,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +46,7 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def find_answer(text: str) -> str | None:
-    """What is in the last box; without any, what follows "answer is" or "Answer:", once thinking is over."""
+    """What is in the last box; else what follows "answer is" or "Answer:"; else a short line alone."""
     if boxed := tgrl.extract_boxed(text):
         return boxed
     _, thought, said = text.rpartition("</think>")
@@ -55,7 +54,8 @@ def find_answer(text: str) -> str | None:
         return None
     labels = r"(?im)answer is\b[:*]*\s*|^\W*(?:the |my )?(?:final |correct )?answer\W*?:\**\s*"
     _, *answers = re.split(labels, said)
-    return answers[-1].split("\n")[0].strip() or None if answers else None
+    short = re.fullmatch(r"\s*(.{1,80})\s*", said)
+    return answers[-1].split("\n")[0].strip() or None if answers else short and short[1].strip()
 
 
 def plain(text: str) -> str:
@@ -71,16 +71,21 @@ def equivalent(said: str, item: dict) -> bool:
 
 def choice(said: str, item: dict) -> bool:
     """The option's letter, with or without its text; or its text; or its value, if no other has it."""
-    words, letter, texts = plain(said), item["answer"], [plain(text) for text in item["choices"]]
-    right = dict(zip(LETTERS, texts, strict=False)).get(letter, "")
-    if len(words) > 1 and words in texts:  # a text that is there twice is right for both
-        return words == right
-    if label := re.match(r"(?:option |choice |answer:? )?[(\[]?([a-j])(?:[)\]][.:]?|[.:]|$) ?(.*)", words):
+    words, options = plain(said), dict(zip(LETTERS, item["choices"], strict=False))
+    texts = {letter: plain(option) for letter, option in options.items()}
+    right, letters = texts.get(item["answer"], ""), "".join(options or LETTERS).lower()
+    if words in texts.values() and (len(words) > 1 or words not in letters):
+        return words == right  # a text that is there twice is right for both
+    label = re.match(rf"(?:option |choice |answer:? )?[(\[]?([{letters}])(?:[)\]][.:]?|[.:]|$) ?(.*)", words)
+    if label:  # not "A: no", where B is no
+        other = label[2] in set(texts.values()) - {texts.get(label[1].upper())}
         another = r"(?:^|[,;/&(]|\band |\bor )\s*\(?[a-j](?:[).:]|$| *(?:[,;/&]|and\b|or\b))"  # "B. or C."
-        return label[1].upper() == letter and (not re.search(another, label[2]) or label[2] == right)
-    if label := re.match(r"([a-j])[ ,=-]+\(?(.*?)\)?$", words):  # "B 35", but not "a line"
-        return label[1].upper() == letter and right != "" and is_equivalent(label[2], right)
-    return right != "" and {text for text in texts if is_equivalent(said, text)} == {right}
+        several = re.search(another, label[2]) and label[2] != right
+        return label[1].upper() == item["answer"] and not other and not several
+    if label := re.match(rf"([{letters}])[ ,=-]+\(?(.*?)\)?$", words):  # "B 35", but not "a line"
+        return label[1].upper() == item["answer"] and right != "" and is_equivalent(label[2], right)
+    fitting = {texts[key] for key, option in options.items() if is_equivalent(said, option)}
+    return fitting == {right} != {""}
 
 
 def yes_or_no(said: str, item: dict) -> bool:
@@ -117,7 +122,7 @@ def exact(answer: str) -> float | None:
 
 
 def rounded(said: str, item: dict) -> bool:
-    """Equivalent, or equal at the item's decimals; with none cut off by int, as MathVista's integers are."""
+    """Equivalent, or equal at the item's decimals."""
     if is_equivalent(said, item["answer"]):
         return True
     value, wanted, places = number(said), number(item["answer"]), item["precision"]
@@ -125,7 +130,9 @@ def rounded(said: str, item: dict) -> bool:
         wanted = exact(item["answer"])
     if value is None or wanted is None:
         return False
-    return round(value, places) == round(wanted, places) if places else int(value) == int(wanted)
+    if not places:  # MathVista's integers are cut off, but no fraction is
+        return int(value) == int(wanted) and not re.search("/|frac", said)
+    return round(value, places) == round(wanted, places)
 
 
 def parts(said: str, item: dict) -> bool:
@@ -146,7 +153,7 @@ def parts(said: str, item: dict) -> bool:
 def any_of(said: str, item: dict) -> bool:
     """MMMU's for open questions: one of the answers, to two decimals, or as words within what was said."""
     answers = item["answer"] if isinstance(item["answer"], list) else [item["answer"]]
-    words = [re.escape(plain(answer)) for answer in answers if re.search("[A-Za-z]", answer)]
+    words = [re.escape(plain(answer)) for answer in answers if re.search("[A-Za-z]{2}", answer)]
     if any(re.search(rf"(?<!\w){word}(?!\w)", plain(said)) for word in words):
         return True
     return any(rounded(said, {"answer": answer, "precision": 2}) for answer in answers)
@@ -213,6 +220,7 @@ def wemath(row: dict) -> dict:
 
 def mathvision(row: dict) -> dict:
     options, answer = list(row["options"] or ()), row["answer"].replace("\f", "\\f")
+    answer = re.sub(r"(?<=\d)\{([a-z ]+)\}$", r" \1", answer)  # 69{degrees}
     question = re.sub(r"<image\d+>", "", row["question"])
     if options:
         question += "\nOptions:\n" + lettered(options)
@@ -228,9 +236,11 @@ def mathverse(row: dict) -> dict:
     subject = row["metadata"]["subject"]
     by = {"version": row["problem_version"], "type": row["question_type"], "subject": subject}
     item = row | {"problem": row["query_cot"], "by": by}
-    if label := re.fullmatch(r"\(?([A-J])\)?", row["answer"].strip()):
-        choices = split_options(row["question_for_eval"].partition("Choices:")[2])
-        return item | {"answer": label[1], "rule": "choice", "choices": choices}
+    choices = split_options(row["question_for_eval"].partition("Choices:")[2])
+    answer = row["answer"].strip("() ")
+    answer = LETTERS[choices.index(answer)] if answer in choices else answer  # four rows give the text
+    if re.fullmatch("[A-J]", answer):
+        return item | {"answer": answer, "rule": "choice", "choices": choices}
     return item | {"rule": "parts"}
 
 
@@ -252,10 +262,10 @@ def mmmu(row: dict) -> dict:
     shown = row.get("question") or "Answer the question in the picture by the letter of the option."
     if options and row.get("question"):  # MMMU-Pro's vision rows have both in the picture
         shown += "\n" + lettered(options)
-    numbers = re.findall(r"<image (\d)>", shown)
+    numbers = re.findall(r"<image (\d+)>", shown)
     images = [row[f"image_{i}"] for i in numbers] or [row.get("image") or row["image_1"]]
     by = {"subject": row.get("subject") or re.sub(r"^[a-z]+_|_\d+$", "", row["id"])}
-    item = {"problem": re.sub(r"<image \d>", tgrl.PLACEHOLDER, shown), "images": images, "by": by}
+    item = {"problem": re.sub(r"<image \d+>", tgrl.PLACEHOLDER, shown), "images": images, "by": by}
     if options:
         return item | {"rule": "choice", "answer": answer, "choices": options}
     if answer.startswith("["):
@@ -264,13 +274,8 @@ def mmmu(row: dict) -> dict:
 
 
 def mmstar(row: dict) -> dict:
-    choices = split_options(row["question"].partition("Options:")[2])
+    choices = split_options(re.split("Options:|Choices:", row["question"])[-1])
     return row | {"rule": "choice", "choices": choices, "by": {"category": row["category"]}}
-
-
-def ai2d(row: dict) -> dict:
-    item = row | {"problem": f"{row['question']}\n{lettered(row['options'])}"}
-    return item | {"answer": LETTERS[int(row["answer"])], "rule": "choice", "choices": row["options"]}
 
 
 BENCHMARKS = {
@@ -279,13 +284,11 @@ BENCHMARKS = {
     "mathverse": Benchmark(mathverse, "AI4Math/MathVerse", "testmini", "testmini"),
     "mathvision": Benchmark(mathvision, "MathLLMs/MathVision", "test"),
     "hallusionbench": Benchmark(hallusionbench, "lmms-lab/HallusionBench", "image"),
-    "mathvision-mini": Benchmark(mathvision, "MathLLMs/MathVision", "testmini"),
     "geo3k": Benchmark(problems, "hiyouga/geometry3k", "test"),
     "mmmu": Benchmark(mmmu, "lmms-lab/MMMU", "validation"),
     "mmmu-pro": Benchmark(mmmu, "MMMU/MMMU_Pro", "test", "standard (10 options)"),
     "mmmu-pro-vision": Benchmark(mmmu, "MMMU/MMMU_Pro", "test", "vision"),
     "mmstar": Benchmark(mmstar, "Lin-Chen/MMStar", "val"),
-    "ai2d": Benchmark(ai2d, "lmms-lab/ai2d", "test"),
     "toy": Benchmark(problems, "runs/toy/world/test.parquet", "test"),
     "problems": Benchmark(problems, "problems.jsonl", "test"),  # any: problems=held_out.jsonl
 }
@@ -393,10 +396,9 @@ def begin(out: Path, headers: dict[str, dict], how: dict) -> dict[str, set[int]]
             if header.get(key) != value:
                 there = f"{key} is {header.get(key)!r} there and {value!r} here"
                 raise BadInput(f"{out}/{name}.jsonl is of another evaluation: {there}. Give another --out")
-    versions = {name: version(name) for name in ("torch", "transformers", "math-verify")}
     out.mkdir(parents=True, exist_ok=True)
     for name in headers.keys() - found.keys():
-        tgrl.append_records(out / f"{name}.jsonl", [headers[name] | {"versions": versions}])
+        tgrl.append_records(out / f"{name}.jsonl", [headers[name]])
     return {name: set(found[name][1]) if name in found else set() for name in headers}
 
 
@@ -509,7 +511,6 @@ def print_table(summaries: dict):
 
 
 def print_paper(here: list[float]):
-    """The paper's rows beside ours, in %."""
     print(f"\n{'in %':22}" + "".join(f"{name:>16}" for name in FIVE) + f"{'average':>10}")
     for method, values in {"here": [100 * share for share in here], **PAPER}.items():
         numbers = "".join(f"{value:16.2f}" for value in values) + f"{statistics.fmean(values):10.2f}"

@@ -822,7 +822,7 @@ def test_an_answer_ends_with_its_first_end_token_be_it_padding_or_not(world):
 # ===== Log-probs: a group is one row ==================================================================
 
 
-@pytest.mark.parametrize("c1_by_c2, more", [(math.inf, 0), (0.0, 1)])
+@pytest.mark.parametrize("c1_by_c2, more", [(math.inf, 0), (-12.0, 1)])
 def test_a_group_in_one_row_or_several_equals_separate_rows(world, c1_by_c2, more):
     groups = make_groups(world.encoder)
     batch = tgrl.pack(groups, c1_by_c2=c1_by_c2)
@@ -1460,13 +1460,15 @@ def test_no_answer_breaks_a_rule_and_none_is_wrong(said, rule):
 
 FOUND = r"""
 so \boxed{3} and \boxed{4} ~ 4 | The answer is 5. ~ 5. | **Answer:** B. 35 ~ B. 35 | Final answer : 7 ~ 7
-answer is 3. The answer is 4 ~ 4 | The answer is 5, so \boxed{6} ~ 6 | ### Answer: B ~ B | no answer ~ None
+answer is 3. The answer is 4 ~ 4 | The answer is 5, so \boxed{6} ~ 6 | ### Answer: B ~ B | no ~ no
 <think>The answer is 5?</think> Answer: 6 ~ 6 | The answer is B. (in \boxed{ }) ~ B. (in \boxed{ })
-The answer isn't clear ~ None | <think>The answer is 5? Let me ~ None | I cannot answer: 3 cats ~ None
+60 ~ 60 | <think>The answer is 5? Let me ~ None
 """
 
 
-@pytest.mark.parametrize("text, found", [*pairs(FOUND), ("Answer: (B)\nIt was easy", "(B)"), ("", "None")])
+@pytest.mark.parametrize(
+    "text, found", [*pairs(FOUND), ("Answer: (B)\nIt was easy", "(B)"), ("a\nb", "None"), ("", "None")]
+)
 def test_an_answer_is_in_the_last_box_or_behind_the_word_once_thinking_is_over(text, found):
     assert str(evaluation.find_answer(text)) == found
 
@@ -1488,7 +1490,6 @@ BASE = {  # a row of each benchmark: what all of its rows below share
     "mmmu-pro": {"id": "1", "question": "<image 1>", "options": VOLTS, "image_1": SHOWN, "subject": "Art"},
     "mmmu-pro-vision": {"id": "1", "options": VOLTS, "image": SHOWN, "subject": "Art"},
     "mmstar": {"question": "What?\nOptions: A: red, B: light blue", "image": SHOWN, "category": "coarse"},
-    "ai2d": {"question": "What eats it?", "options": ["fox", "owl", "hare"], "image": SHOWN},
     "problems": {"question": "<image>Find x.", "category": "Geometry", "image": ["a.png"]},
 }
 ROWS = [  # what is special in a row (that form feed is the hub's), and what in the box is right and wrong
@@ -1510,7 +1511,6 @@ ROWS = [  # what is special in a row (that form feed is the hub's), and what in 
     ("mmmu-pro", {"answer": "J"}, "9 V", "8 V"),
     ("mmmu-pro-vision", {"answer": "C"}, "C", "D"),
     ("mmstar", {"answer": "B"}, "light blue", "red"),
-    ("ai2d", {"answer": "1"}, "owl", "fox"),
     ("problems", {"answer": r"\boxed{12}"}, "12.0", "13"),
     ("problems", {"answer": "12", "question": "<image> <image>"}, None, None),
 ]
@@ -1591,9 +1591,9 @@ def test_answers_are_graded_again_without_a_model_and_compared_item_by_item(answ
 
 @pytest.mark.parametrize("key, value", [("seed", 9), ("max_answer", 7), ("weights of", 1), ("data of", 1)])
 def test_another_evaluation_in_the_same_folder_is_refused(folder, answered, tmp_path, key, value):
-    tgrl.append_records(tmp_path / "ai2d.jsonl", [answered.records["ai2d"][0] | {key: value}])
-    options = evaluation.Run(f"{folder.path}/model", (answered.files["ai2d"],), tmp_path, **ASKED)
-    with pytest.raises(BadInput, match=f"ai2d.jsonl is of another evaluation: {key} is {value} there"):
+    tgrl.append_records(tmp_path / "mmstar.jsonl", [answered.records["mmstar"][0] | {key: value}])
+    options = evaluation.Run(f"{folder.path}/model", (answered.files["mmstar"],), tmp_path, **ASKED)
+    with pytest.raises(BadInput, match=f"mmstar.jsonl is of another evaluation: {key} is {value} there"):
         evaluation.run(options)
 
 

@@ -201,6 +201,7 @@ LATEX |= dict(normalization_config=NormalizationConfig(malformed_operators=True)
 
 # A process that can be killed: sympy can spend hours in one call of C code, as for 9^{9^{9^9}}.
 grading_process = pebble.ProcessPool(max_workers=1, context=multiprocessing.get_context("fork"))
+math_verify.grader.logger.disabled = True  # it would say once that the timeout is ours
 grader_errors = collections.Counter()  # why answers could not be graded -> how many; each command reports it
 
 
@@ -560,8 +561,8 @@ def rollout(actor, encoder: Encoder, problems: list[Problem], n: int, temperatur
 #       question    causal       .         .         its own answer. Log-probs and gradients are those of G
 #       answer 1    all        causal      .         rows, for P + G*T tokens instead of G*(P + T).
 #       answer 2    all          .       causal
-#   Attention goes over (P + G*T)^2, a loss where answers are long. So a long group is dealt out over rows: if
-#   matrices cost c1 FLOPs a token and attention c2 * L, of (P / T) * sqrt(c1 / (c2 * P) + 1) answers each.
+#   Attention goes over (P + G*T)^2, a loss where answers are long. So a long group is dealt out over rows of
+#   at least P * sqrt(c1 / (c2 * P) + 1) answer tokens; matrices cost c1 FLOPs a token, attention c2 * L.
 
 
 def answers_of(groups: list[Group]) -> list[Trajectory]:
@@ -572,10 +573,10 @@ def pack(groups: list[Group], device: torch.device | str = "cpu", c1_by_c2: floa
     """Each group as one row, or several (see the drawing): what the policy reads, and what the loss needs."""
     rows, ids, positions, segments, answers = [], [], [], [], answers_of(groups)
     for group in groups:
-        n_prompt, n_answer = len(group.prompt.ids), len(group.trajectories)
-        length = sum(len(t.ids) for t in group.trajectories) / n_answer
-        best = n_prompt / length * math.sqrt(c1_by_c2 / n_prompt + 1)
-        rows += [(group.prompt, some) for some in batches(group.trajectories, round(min(best, n_answer)))]
+        n_prompt, tokens = len(group.prompt.ids), sum(len(t.ids) for t in group.trajectories)
+        n_rows = max(1, int(tokens / n_prompt / math.sqrt(c1_by_c2 / n_prompt + 1)))
+        size = math.ceil(len(group.trajectories) / n_rows)  # about the same in each
+        rows += [(group.prompt, some) for some in batches(group.trajectories, size)]
     for prompt, some in rows:
         parts, places = [prompt.ids[:-1]], [prompt.positions[:-1]]
         for t in some:
@@ -593,8 +594,7 @@ def pack(groups: list[Group], device: torch.device | str = "cpu", c1_by_c2: floa
         mask=pad(
             [True] * len(t.ids) for t in answers
         ),  # [N, T] True: an answer token, the end token included
-        # nan: pi_old is the policy itself, whose log-probs the forward brings
-        behavior_logp=pad(t.behavior_logp or [math.nan] * len(t.ids) for t in answers),  # [N, T]
+        behavior_logp=pad(t.behavior_logp or [math.nan] * len(t.ids) for t in answers),  # [N, T] nan: as logp
         advantages=torch.tensor([t.advantage for t in answers]),  # [N]
         is_expert=torch.tensor([t.is_expert for t in answers]),
         expert_ok=torch.tensor([t.expert_ok for t in answers]),
