@@ -416,43 +416,43 @@ def test_the_last_box_is_found(text, box):
 
 
 SAME = r"""
-60° ~ 60 | 60^\circ ~ 60 | 60^{\circ} ~ 60° | 60 degrees ~ 60^\circ | 60º ~ 60˚ | 60\degree ~ 60
-60°, 30° ~ 60, 30 | 12 cm ~ 12 | 12cm ~ 12 | 12 units ~ 12 | 12\text{ cm} ~ 12 centimeters
-12\,\mathrm{cm} ~ 12 cm | 12~\text{m} ~ 12 meters | 5 m^2 ~ 5 | 5 m^2 ~ 5 square meters
-5\,\mathrm{cm}^2 ~ 5 cm^{2} | 5 sq. ft ~ 5 ft² | 5 square units ~ 5 cm^2 | 6 in. ~ 6 inches | (a)^2 ~ (a)^2
-(A)(C) ~ (A)(C) | 5 min ~ 5 minutes | 5 kg ~ 5 kilograms | 90 sec ~ 90 seconds | 5 hours ~ 5
-5\text{ m/s} ~ 5 | 2\pi cm ~ 2\pi | 5 \sqrt { 3 } m ~ 5\sqrt{3} | \frac{3}{4} m ~ 0.75 | 8 feet ~ 8 ft
-x = 5 ~ 5 | 5 ~ x = 5 | m\angle A=30 ~ 30 | m∠A = 30° ~ 30 | ABC = 5 ~ 5 | m\widehat{AB} = 120 ~ 120
-Area of triangle = 5 ~ 5 | x = 5 cm ~ 5 | AB = 3 + 2 = 5 ~ 5 | x_1 = 5 ~ 5 | \approx 5.3 ~ 5.3 | ≈ 5.3 ~ 5.3
-x \approx 5.3 ~ 5.3 | A. 60 ~ A | A. 60 ~ 60 | A. 60° ~ 60 | (A) 60 ~ 60 | (A) ~ A | A ~ (A) | A) ~ A
-A: 60 ~ A | \text{B} ~ B | \textbf{(B)} ~ B | b ~ B | 1,000 ~ 1000 | 1,234,567 ~ 1234567 | 1{,}000 ~ 1000
-2/4 ~ 1/2 | \frac{2}{4} ~ \frac12 | 0.5 ~ \frac12 | .5 ~ 1/2 | 5.20 ~ 5.2 | 50\% ~ 50 | 50 ~ 50% | 50% ~ 50\%
-50.5\% ~ 50.5 | 5. ~ 5 | -5 ~ −5 | −5 ~ -5.0 | 2\frac{1}{2} ~ 5/2 | \dfrac{36}{13} ~ 36/13
-2 \sqrt { 221 } ~ 2\sqrt{221} | √2 ~ \sqrt{2} | 2√221 ~ 2\sqrt{221} | \sqrt{2+x} ~ √(2+x)
-\frac{1}{\sqrt{2}} ~ \frac{\sqrt{2}}{2} | 2π ~ 2\pi | 2pi ~ 2\pi | pi ~ \pi | pi/2 ~ \frac{\pi}{2} | 3×4 ~ 12
-10^3 ~ 1000 | x² ~ x^2 | $16$ ~ 16 | \(16\) ~ 16 | \$16 ~ 16 | 16 dollars ~ $16 | \text{5 cm} ~ 5 | Yes. ~ yes
-\text{No} ~ no | Isosceles Triangle ~ isosceles triangle | A, C ~ A,C | AC ~ ac | (1, 2) ~ (1,2)
-\left(1, 2\right) ~ (1,2) | (-\infty, 3) ~ (-∞,3) | [1,2) ~ [1, 2) | \{1,2\} ~ \{2,1\} | x = 2, x = 3 ~ 2, 3
-y=2x+1 ~ y = 1+2x | 2x+1 ~ y = 1+2x | x > 5 ~ 5 < x | 2ab ~ 2ba | (x+1)^2 ~ x^2+2x+1 | two ~ 2 | 3 1/2 ~ 3.5
-10,\!000 ~ 10000 | about 60 ~ 60 | 5\sqrt{2} \approx 7.07 ~ 5\sqrt{2} | 5\sqrt{2} \approx 7.07 ~ 7.07
-20 °C ~ 20 | 5 Ω ~ 5 | 5 厘米 ~ 5 cm | 60^o ~ 60 | V = 904.78 cm^3 ~ Volume $=904.78 \mathrm{~cm}^3$
-5 mg ~ 5 | 3 L ~ 3 | 3 N ~ 3 | €5 ~ 5 | $=63.3 \mathrm{~g}$ ~ 63.3 | 5 cubic centimeters ~ 5 cm^3
-60 mph ~ 60 miles per hour | 2EF + 2HG ~ 2HG + 2EF | x = 1 or x = 2 ~ x = 2 or x = 1 | 8,6,2 ~ 8, 6, 2
-4×6×16 ~ 4 × 6 × 16 | 10-20 ~ 10 - 20 | 1:2:3 ~ 1 : 2 : 3 | 5 units ~ 5 cm | 2h ~ 2h | 2+3=5 ~ 5
+V = 904.78 cm^3 ~ Volume $=904.78 \mathrm{~cm}^3$ | \frac{1}{\sqrt{2}} ~ \frac{\sqrt{2}}{2} | (A)(C) ~ (A)(C)
+Isosceles Triangle ~ isosceles triangle | 5\sqrt{2} \approx 7.07 ~ 5\sqrt{2} | 12\text{ cm} ~ 12 centimeters
+x = 1 or x = 2 ~ x = 2 or x = 1 | 2 \sqrt { 221 } ~ 2\sqrt{221} | 5\sqrt{2} \approx 7.07 ~ 7.07 | 5 hours ~ 5
+5 cubic centimeters ~ 5 cm^3 | 5\,\mathrm{cm}^2 ~ 5 cm^{2} | 5 \sqrt { 3 } m ~ 5\sqrt{3} | 5 kg ~ 5 kilograms
+$=63.3 \mathrm{~g}$ ~ 63.3 | 60 mph ~ 60 miles per hour | m\widehat{AB} = 120 ~ 120 | 12\,\mathrm{cm} ~ 12 cm
+\left(1, 2\right) ~ (1,2) | Area of triangle = 5 ~ 5 | 12~\text{m} ~ 12 meters | 5 m^2 ~ 5 square meters
+5 square units ~ 5 cm^2 | \dfrac{36}{13} ~ 36/13 | 60 degrees ~ 60^\circ | \frac{2}{4} ~ \frac12 | 12 cm ~ 12
+(-\infty, 3) ~ (-∞,3) | 2EF + 2HG ~ 2HG + 2EF | \frac{3}{4} m ~ 0.75 | pi/2 ~ \frac{\pi}{2} | \text{5 cm} ~ 5
+90 sec ~ 90 seconds | x \approx 5.3 ~ 5.3 | 1,234,567 ~ 1234567 | 2√221 ~ 2\sqrt{221} | \sqrt{2+x} ~ √(2+x)
+x = 2, x = 3 ~ 2, 3 | 4×6×16 ~ 4 × 6 × 16 | AB = 3 + 2 = 5 ~ 5 | 2\frac{1}{2} ~ 5/2 | (x+1)^2 ~ x^2+2x+1
+60°, 30° ~ 60, 30 | 5 min ~ 5 minutes | m\angle A=30 ~ 30 | \approx 5.3 ~ 5.3 | \{1,2\} ~ \{2,1\} | 60º ~ 60˚
+y=2x+1 ~ y = 1+2x | 1:2:3 ~ 1 : 2 : 3 | 60^{\circ} ~ 60° | 5 sq. ft ~ 5 ft² | 6 in. ~ 6 inches | x = 5 cm ~ 5
+5\text{ m/s} ~ 5 | \textbf{(B)} ~ B | 16 dollars ~ $16 | 10,\!000 ~ 10000 | 2x+1 ~ y = 1+2x | 8,6,2 ~ 8, 6, 2
+10-20 ~ 10 - 20 | 60\degree ~ 60 | 2\pi cm ~ 2\pi | m∠A = 30° ~ 30 | 1{,}000 ~ 1000 | \text{No} ~ no | A) ~ A
+(1, 2) ~ (1,2) | [1,2) ~ [1, 2) | 5 units ~ 5 cm | 60^\circ ~ 60 | 12 units ~ 12 | (a)^2 ~ (a)^2 | A. 60 ~ 60
+8 feet ~ 8 ft | 0.5 ~ \frac12 | 50.5\% ~ 50.5 | √2 ~ \sqrt{2} | x > 5 ~ 5 < x | about 60 ~ 60 | \text{B} ~ B
+1,000 ~ 1000 | ABC = 5 ~ 5 | x_1 = 5 ~ 5 | ≈ 5.3 ~ 5.3 | A. 60° ~ 60 | (A) 60 ~ 60 | 10^3 ~ 1000 | 5.20 ~ 5.2
+\(16\) ~ 16 | 3 1/2 ~ 3.5 | 5 厘米 ~ 5 cm | 50% ~ 50\% | 2pi ~ 2\pi | Yes. ~ yes | A, C ~ A,C | 20 °C ~ 20
+12cm ~ 12 | 5 m^2 ~ 5 | x = 5 ~ 5 | 5 ~ x = 5 | A. 60 ~ A | A: 60 ~ A | 2/4 ~ 1/2 | 50\% ~ 50 | −5 ~ -5.0
+2π ~ 2\pi | $16$ ~ 16 | \$16 ~ 16 | 2ab ~ 2ba | 60^o ~ 60 | 2+3=5 ~ 5 | 60° ~ 60 | .5 ~ 1/2 | 50 ~ 50%
+pi ~ \pi | 3×4 ~ 12 | x² ~ x^2 | 5 mg ~ 5 | (A) ~ A | A ~ (A) | -5 ~ −5 | AC ~ ac | two ~ 2 | 5 Ω ~ 5 | b ~ B
+3 L ~ 3 | 3 N ~ 3 | 2h ~ 2h | 5. ~ 5 | €5 ~ 5
 """
 DIFFERENT = r"""
-12 cm ~ 12 m | 5 m^2 ~ 5 m | 60° ~ 60 cm | 5 hours ~ 5 minutes | 5 cm^2 ~ 5 cm^3 | 60° ~ 30° | 12 cm ~ 13 cm
-2 million ~ 2 | B ~ C | A ~ 60 | 60 ~ A | A. 60 ~ B | A. 60 ~ 61 | A, C ~ A | A. B ~ A | A) B) ~ A
-A, B, C, D ~ A | A, C ~ A, B | A triangle ~ A | AB ~ BA | yes ~ no | 12.566 ~ 4\pi | 33.3 ~ 33.33
-29.7 ~ 2\sqrt{221} | 5 ~ 6 | 5 ~ -5 | 0.333 ~ 1/3 | 1,000 ~ 1 | 10 ~ 100 | (1,2) ~ (2,1) | [1,2) ~ (1,2)
-3:4 ~ 4:3 | x = 5 ~ y = 5 | y = 2x + 1 ~ y = 2x - 1 | x != 5 ~ 5 | 2x + 1 = 5 ~ 2 | x > 5 ~ x < 5 | 3t ~ 3
-2xy ~ 2 | 2 sec x ~ 2 | 3 times x ~ 3 | 5 over x ~ 5 | 3 plus y ~ 3 | 2 arcsin x ~ 2 | 2 \sin x ~ 2
-5 or 6 ~ 5 | 5 or x ~ 5 | 3 sin x ~ 3 | 5, 6 ~ 5 | 1 2 3 5 ~ 5 | the answer is 5 ~ 5 | $1$, $2$ ~ 1 | 1$2 ~ 1
-R^2-r^2 ~ 0 | \pi(R+r) ~ 2\pi r | 2x=60 ~ 60 | AB+BC=12 ~ 12 | 3 4 ~ 7 | 3 4 ~ 34 | (1) 20 cm ~ 21 | 3 1/2 ~ 2
-10-20 ~ 20-30 | 4×6×16 ~ 4×8×12 | 1:2:3 ~ 1:3:2 | 12:30 ~ 0.4 | 8,6,2 ~ 6,2,8 | 2,2 ~ 2
-M, N, Q, P ~ N, M, Q, P | 3 units left ~ 3 units right | 1=2 ~ 1=3 | 4/3 ~ 1 | 5 g ~ 5 kg | 2h ~ 2 | two ~ 3
-A, C ~ C, A | 60°, 30° ~ 30, 60 | $5$ or $6$ ~ 6 | \sqrt{221} ~ 221 | 2\pi ~ \pi | 1e999999999 ~ 1
-\frac{1}{0} ~ 1 | . ~ 5 | $ ~ 5 | ~ ~ 5
+90° clockwise ~ 90° counterclockwise | 12 cm ~ 12 m | 5 m^2 ~ 5 m | 60° ~ 60 cm | 5 hours ~ 5 minutes
+5 cm^2 ~ 5 cm^3 | 60° ~ 30° | 12 cm ~ 13 cm | 2 million ~ 2 | B ~ C | A ~ 60 | 60 ~ A | A. 60 ~ B
+A. 60 ~ 61 | A, C ~ A | A. B ~ A | A) B) ~ A | A, B, C, D ~ A | A, C ~ A, B | A triangle ~ A | AB ~ BA
+yes ~ no | 12.566 ~ 4\pi | 33.3 ~ 33.33 | 29.7 ~ 2\sqrt{221} | 5 ~ 6 | 5 ~ -5 | 0.333 ~ 1/3 | 1,000 ~ 1
+10 ~ 100 | (1,2) ~ (2,1) | [1,2) ~ (1,2) | 3:4 ~ 4:3 | x = 5 ~ y = 5 | y = 2x + 1 ~ y = 2x - 1 | x != 5 ~ 5
+2x + 1 = 5 ~ 2 | x > 5 ~ x < 5 | 3t ~ 3 | 2xy ~ 2 | 2 sec x ~ 2 | 3 times x ~ 3 | 5 over x ~ 5
+3 plus y ~ 3 | 2 arcsin x ~ 2 | 2 \sin x ~ 2 | 5 or 6 ~ 5 | 5 or x ~ 5 | 3 sin x ~ 3 | 5, 6 ~ 5
+1 2 3 5 ~ 5 | the answer is 5 ~ 5 | $1$, $2$ ~ 1 | 1$2 ~ 1 | R^2-r^2 ~ 0 | \pi(R+r) ~ 2\pi r | 2x=60 ~ 60
+AB+BC=12 ~ 12 | 3 4 ~ 7 | 3 4 ~ 34 | (1) 20 cm ~ 21 | 3 1/2 ~ 2 | 10-20 ~ 20-30 | 4×6×16 ~ 4×8×12
+1:2:3 ~ 1:3:2 | 12:30 ~ 0.4 | 8,6,2 ~ 6,2,8 | 2,2 ~ 2 | M, N, Q, P ~ N, M, Q, P
+3 units left ~ 3 units right | 1=2 ~ 1=3 | 4/3 ~ 1 | 5 g ~ 5 kg | 2h ~ 2 | two ~ 3 | A, C ~ C, A
+60°, 30° ~ 30, 60 | $5$ or $6$ ~ 6 | \sqrt{221} ~ 221 | 2\pi ~ \pi | 1e999999999 ~ 1 | \frac{1}{0} ~ 1
+. ~ 5 | $ ~ 5 | ~ ~ 5
 """
 
 

@@ -257,8 +257,8 @@ def same(prediction: str, answer: str) -> bool:
         return option is not None and option[1].lower() in two.lower()
     one = re.sub(r"(?i)^\(?[A-H](?:\)[.:]?|[.:]) (?=.)", "", one)  # "B. 60", where 60 is asked
     short, long = sorted((unit, other), key=len)  # cm is short for centimeter
-    alike = short in ("", long) or (len(long) > 3 and re.fullmatch(".*".join([*short, ""]), long))
-    if "" in (one, two) or not alike:
+    fit = short in ("", long) or (len(short) < 4 <= len(long) and re.fullmatch(".*".join([*short, ""]), long))
+    if "" in (one, two) or not fit:
         return False
     words = [text.replace(" ", "").lower() for text in (one, two)]
     if min(map(len, words)) > 1 and any(map(str.isalpha, words)):  # AB is not the product BA

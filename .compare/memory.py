@@ -4,8 +4,7 @@
     python .compare/memory.py --model 3B --world 2 8 --tokens 2048
 
 Layers, FSDP and checkpointing are the real ones; tensors are fake: they have a size but no content. A group:
-a prompt of 1500 tokens, 1444 of them a picture, and 8 answers. Not counted: the CUDA context, NCCL's buffers,
-workspaces of kernels, fragmentation; and GRPO's reference, which takes as much as the policy.
+a prompt of 1500 tokens, 1444 of them a picture, and 8 answers. Not counted: CUDA, NCCL, fragmentation.
 """
 
 import argparse
@@ -14,6 +13,7 @@ import itertools
 import math
 import os
 import weakref
+from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where there is a GPU, leave it alone
 
@@ -87,7 +87,7 @@ card = Card()
 torch.UntypedStorage.resize_, nn.functional.scaled_dot_product_attention = resize, attention
 
 
-def make_batch(tokens: int, c1_by_c2: float) -> tgrl.Pack:
+def make_batch(tokens: int, c1_by_c2: float) -> SimpleNamespace:
     with unset_fake_temporarily():
         ids, grid = torch.full((PROMPT,), 10), torch.tensor([[1, 2 * SIDE, 2 * SIDE]])
         prompt = tgrl.Prompt(ids, ids[:, None].expand(-1, 3), torch.zeros(4 * SIDE**2, 1176), grid)
@@ -97,7 +97,10 @@ def make_batch(tokens: int, c1_by_c2: float) -> tgrl.Pack:
         places, ends = get_vision_window_index(batch.vision["image_grid_thw"], 2, 112, 14)
         batch.vision.update(window_index=places, cu_window_seqlens=torch.cat([ends[:-1:10], ends[-1:]]))
     batch.vision["pixel_values"] = torch.empty_like(batch.vision["pixel_values"], device="cpu")  # fake
-    return tgrl.Pack(*[x if x is batch.vision else torch.empty_like(x, device="cpu") for x in batch])
+    vars(batch).update(
+        (k, torch.empty_like(x, device="cpu")) for k, x in vars(batch).items() if k != "vision"
+    )
+    return batch
 
 
 def measure(policy: tgrl.Policy, optimizer, tokens: int, c1_by_c2: float) -> tuple:
@@ -141,9 +144,6 @@ def main():
         del actor, policy, optimizer
         distributed.destroy_process_group()
         gc.collect()
-    for name in o.model:
-        cache = 2 * 128 * 2 * bench.REAL[name][1] * bench.REAL[name][-1]  # keys and values of 128, bfloat16
-        print(f"{name}: a cache of {cache} bytes a token, {cache / 2**18:.2f} GiB for 4096, the longest")
 
 
 if __name__ == "__main__":
