@@ -183,16 +183,16 @@ def tgrl_loss(
 # ===== 2. Reward: is the boxed answer right?   Eq. 3 ==================================================
 
 UNICODE = {"²": "^2", "³": "^3", "√": r"\sqrt ", "∞": r"\infty ", "π": r"\pi ", "×": r"\times ", "−": "-"}
-UNICODE |= {"–": "-", "º": "°", "˚": "°", "∠": "", "%": "", "厘": "c", "米": "m"}
-NOTHING = r"\\(?:angle|left|right)(?![a-z])|\\(?=%|$)|^(?:[=≈€]|about )+|[=≈]+$|\.$"
+UNICODE |= {"–": "-", "º": "°", "˚": "°", "∠": "", "%": "", "厘": "c", "米": "m"}  # one way to write each
+NOTHING = r"\\(?:angle|left|right)(?![a-z])|\\(?=%|$)|^(?:[=≈€]|about )+|[=≈]+$|\.$"  # means nothing
 NOTHING += r"|(?<=\d)(?:\{,\}|,| )(?=\d{3}(?:\D|$))"  # in 10,000
 PLAIN = {NOTHING: "", r"\\approx": "≈", r" (?:square|sq\.?) ([a-z]+)": r" \1^2", r" cubic ([a-z]+)": r" \1^3"}
-PLAIN |= {r"\^ ?\{? ?(?:\\circ|°|o) ?\}?|\\(?:circ|degree)| deg(?:rees?)?\b": "°"}
+PLAIN |= {r"\^ ?\{? ?(?:\\circ|°|o) ?\}?|\\(?:circ|degree)| deg(?:rees?)?\b": "°"}  # 60^\circ
 PLAIN |= {r"\\sqrt ?(\d+|\([^()]*\))": r"\\sqrt{\1}", r"(?<![A-Za-z\\])pi(?![A-Za-z])": r"\\pi"}
 PLAIN |= {r"(?<!\d)(\d+) (\d+) ?/ ?(\d+)": r"(\1+\2/\3)", r"(?<=[\d)}]) ?units?(?:\^[23])?$": ""}  # 3 1/2
 COUNT = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 WORD = r"(?!(?:and|over|plus|times|sin|cos|tan|log|hundred|thousand|[mb]illion)\b)[A-Za-z]{3,}\.?"
-WORD = rf"(?:(?<=[ /])[mgshlLNJVA]|[cmk]m|[mk]g|m[lL]|in\.?|ft|yd|mi|lb|hr|°C?|Ω|€|{WORD})"
+WORD = rf"(?:(?<=[ /])[mgshlLNJVA]|[cmk]m|[mk]g|m[lL]|in\.?|ft|yd|mi|lb|hr|°C?|Ω|€|{WORD})"  # 5 kg, 5 apples
 UNIT = rf"(.*(?:[\d)}}]|\\pi)) ?({WORD}(?:[ /]{WORD})*(?: ?\^ ?\{{?[23]\}}?)?)"
 NAME = r"(?:^|(?<=,))(?:[^\d=<>!+*/^-]|(?<=[A-Za-z_ ])\d|(?<=_\{)\d)+="  # m\widehat{AB} = 60, not 2x = 60
 RUN = r"(?<=[\d.]) ?(?:-|x|\*|\\times) ?(?=[\d.])"  # between the numbers of a range or of dimensions
