@@ -42,6 +42,7 @@ What the paper leaves open, and what is done here (reasons in README.md):
     DAPO's mean over tokens            over all tokens of an update, on all processes
     std                                unbiased; eps is 1e-6, outside the root
     whether the rewards differ         judged on the policy's answers and right expert answers
+    several updates a rollout          pi_old comes from the training forward, before the first
 """
 
 import base64
@@ -61,6 +62,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -74,7 +76,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import InitProcessGroupKwargs, gather_object, send_to_device
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
 from PIL import Image, ImageDraw
 from qwen_vl_utils import fetch_image
@@ -82,6 +84,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoProcessor, Cache, GenerationConfig, Qwen2_5_VLForConditionalGeneration
@@ -173,6 +176,8 @@ def tgrl_loss(
         "expert_delta": total(behavior_logp - logp, expert),
     }
     if kl_coef:
+        if ref_logp is None:
+            raise ValueError("kl_coef needs ref_logp, the log-probs of the reference")
         gap = torch.where(own, ref_logp - logp, 0).clamp(-20, 20)  # k3 needs samples of the policy
         k3 = gap.expm1() - gap  # e^gap - 1 - gap, precise where it is small
         loss = loss + kl_coef * (shares * k3).sum()  # Eq. 2, 24
@@ -182,17 +187,17 @@ def tgrl_loss(
 
 # ===== 2. Reward: is the boxed answer right?   Eq. 3 ==================================================
 
-UNICODE = {"²": "^2", "³": "^3", "√": r"\sqrt ", "∞": r"\infty ", "π": r"\pi ", "×": r"\times ", "−": "-"}
-UNICODE |= {"–": "-", "º": "°", "˚": "°", "∠": "", "%": "", "厘": "c", "米": "m"}  # one way to write each
+UNICODE = {"²": "^2", "³": "^3", "√": r"\sqrt ", "∞": r"\infty ", "π": r"\pi ", "×": r"\times "}
+UNICODE |= {"−": "-", "–": "-", "º": "°", "˚": "°", "∠": "", "%": "", "厘": "c", "米": "m"}
 NOTHING = r"\\(?:angle|left|right)(?![a-z])|\\(?=%|$)|^(?:[=≈€]|about )+|[=≈]+$|\.$"  # means nothing
 NOTHING += r"|(?<=\d)(?:\{,\}|,| )(?=\d{3}(?:\D|$))"  # in 10,000
-PLAIN = {NOTHING: "", r"\\approx": "≈", r" (?:square|sq\.?) ([a-z]+)": r" \1^2", r" cubic ([a-z]+)": r" \1^3"}
-PLAIN |= {r"\^ ?\{? ?(?:\\circ|°|o) ?\}?|\\(?:circ|degree)| deg(?:rees?)?\b": "°"}  # 60^\circ
+PLAIN = {NOTHING: "", r" (?:square|sq\.?) ([a-z]+)": r" \1^2", r" cubic ([a-z]+)": r" \1^3"}
+PLAIN |= {r"\^ ?\{? ?(?:\\circ|°|o) ?\}?|\\(?:circ|degree)| deg(?:rees?)?\b": "°", r"\\approx": "≈"}
 PLAIN |= {r"\\sqrt ?(\d+|\([^()]*\))": r"\\sqrt{\1}", r"(?<![A-Za-z\\])pi(?![A-Za-z])": r"\\pi"}
 PLAIN |= {r"(?<!\d)(\d+) (\d+) ?/ ?(\d+)": r"(\1+\2/\3)", r"(?<=[\d)}]) ?units?(?:\^[23])?$": ""}  # 3 1/2
 COUNT = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-WORD = r"(?!(?:and|over|plus|times|sin|cos|tan|log|hundred|thousand|[mb]illion)\b)[A-Za-z]{3,}\.?"
-WORD = rf"(?:(?<=[ /])[mgshlLNJVA]|[cmk]m|[mk]g|m[lL]|in\.?|ft|yd|mi|lb|hr|°C?|Ω|€|{WORD})"  # 5 kg, 5 apples
+WORD = r"(?!(?:and|over|plus|times|sin|cos|tan|log|hundred|thousand|[mb]illion)\b)[A-Za-z]{3,}\.?"  # apples
+WORD = rf"(?:(?<=[ /])[mgshlLNJVA]|[cmk]m|[mk]g|m[lL]|in\.?|ft|yd|mi|lb|hr|°C?|Ω|€|{WORD})"
 UNIT = rf"(.*(?:[\d)}}]|\\pi)) ?({WORD}(?:[ /]{WORD})*(?: ?\^ ?\{{?[23]\}}?)?)"
 NAME = r"(?:^|(?<=,))(?:[^\d=<>!+*/^-]|(?<=[A-Za-z_ ])\d|(?<=_\{)\d)+="  # m\widehat{AB} = 60, not 2x = 60
 RUN = r"(?<=[\d.]) ?(?:-|x|\*|\\times) ?(?=[\d.])"  # between the numbers of a range or of dimensions
@@ -251,6 +256,7 @@ def same_formula(*texts: str) -> bool:
 
 
 def same(prediction: str, answer: str) -> bool:
+    """In the grading process: letters, words and equations by rule, the rest as formulas."""
     (one, unit), (two, other) = value_and_unit(prediction), value_and_unit(answer)
     if re.fullmatch(r"(?i)\(?[A-H]\)?", two):  # "B", "(B)", or "B. 60" for B, but not "A. B"
         option = re.fullmatch(r"(?i)\(?([A-H])(?:\)[.:]?|[.:]|$) ?(?![A-H(),.: ]+$).*", one)
@@ -447,9 +453,10 @@ def load_problems(source: str, split: str, encoder: Encoder) -> list[Problem]:
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32, **options):
-    """A Qwen2.5-VL and its processor, from a hub id or a folder; no remote code."""
+    """A Qwen2.5-VL and its processor, from a hub id or a folder: safetensors only, no remote code."""
     try:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype, **options)
+        options |= dict(dtype=dtype, use_safetensors=True)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, **options)
         return model, AutoProcessor.from_pretrained(name)
     except Exception as error:
         raise BadInput(f"cannot load --model {name} as a Qwen2.5-VL, by hub id or folder: {error}") from error
@@ -460,9 +467,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, **options):
 
 def pad(rows: Iterable, side: str = "right") -> Tensor:
     """Rows of different length -> [rows, longest, ...], with 0 at that side."""
-    return nn.utils.rnn.pad_sequence(
-        [torch.as_tensor(row) for row in rows], batch_first=True, padding_side=side
-    )
+    return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_side=side)
 
 
 def batch_that_fits(model, options: Options, policy=None) -> int:
@@ -481,7 +486,7 @@ def vision_inputs(prompts: list[Prompt]) -> dict:
     return {"pixel_values": pixels, "image_grid_thw": grid}
 
 
-def embed(model, ids: Tensor, pictures: list[dict]) -> Tensor:
+def embed(model, ids: Tensor, pictures: Iterable[dict]) -> Tensor:
     """ids [R, L] -> [R, L, D] with pictures in the place of their tokens; a part of them at a time."""
     see, embeds = model.model.get_image_features, model.get_input_embeddings()(ids)
     features = torch.cat([f for part in pictures for f in see(**part, return_dict=True).pooler_output])
@@ -491,11 +496,13 @@ def embed(model, ids: Tensor, pictures: list[dict]) -> Tensor:
 class RoomyLayer(transformers.cache_utils.DynamicLayer):
     """A layer's cache with room for 256 more tokens; Hugging Face's copies itself for each new one."""
 
+    room = None  # [2, B, heads, T and some more, D]
+
     def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:  # [B, heads, T, D]
         start = self.get_seq_length()
         if not start:
             return super().update(keys, values)
-        if getattr(self, "room", None) is None or start == self.room.shape[3]:
+        if self.room is None or start == self.room.shape[3]:
             self.room = nn.functional.pad(torch.stack([self.keys, self.values]), (0, 0, 0, 256))
         self.room[:, :, :, start : start + 1] = torch.stack([keys, values])
         self.keys, self.values = self.room[:, :, :, : start + 1]
@@ -515,7 +522,7 @@ def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: 
     positions = pad((p.positions for p in prompts), "left").to(actor.device).movedim(-1, 0)  # [3, B, P]
 
     # Each question is prefilled once, but for its last token, and its cache repeated for its answers.
-    pictures = [send_to_device(vision_inputs(part), actor.device) for part in batches(prompts, 8)]
+    pictures = (send_to_device(vision_inputs(part), actor.device) for part in batches(prompts, 8))
     embeds, cache = embed(actor, ids[:, :-1], pictures), Cache(layer_class_to_replicate=RoomyLayer)
     known = dict(attention_mask=seen[:, :-1], position_ids=positions[..., :-1])
     actor.model.language_model(inputs_embeds=embeds, **known, cache=cache, use_cache=True)
@@ -591,9 +598,7 @@ def pack(groups: list[Group], device: torch.device | str = "cpu", c1_by_c2: floa
         segments=pad(segments),  # [R, L] 0: question, or padding, which stands last, so that nothing sees it
         vision=vision_inputs([prompt for prompt, _ in rows]),
         target=pad(t.ids for t in answers),  # [N, T]
-        mask=pad(
-            [True] * len(t.ids) for t in answers
-        ),  # [N, T] True: an answer token, the end token included
+        mask=pad([True] * len(t.ids) for t in answers),  # [N, T] True: an answer token, the end token too
         behavior_logp=pad(t.behavior_logp or [math.nan] * len(t.ids) for t in answers),  # [N, T] nan: as logp
         advantages=torch.tensor([t.advantage for t in answers]),  # [N]
         is_expert=torch.tensor([t.is_expert for t in answers]),
@@ -606,10 +611,8 @@ class Policy(nn.Module):  # a Qwen2.5-VL, be it student, expert or reference, as
     def __init__(self, model, unwritable: Tensor):
         super().__init__()
         self.model, self.unwritable = model, unwritable
-        layer = model.model.language_model.layers[0]
-        self.c1_by_c2 = sum(p.numel() for p in layer.parameters()) / (
-            2 * model.config.text_config.hidden_size
-        )
+        layer, width = model.model.language_model.layers[0], model.config.text_config.hidden_size
+        self.c1_by_c2 = sum(p.numel() for p in layer.parameters()) / (2 * width)
 
     def token_logp(self, hidden: Tensor, target: Tensor) -> Tensor:
         """hidden [tokens, D], target [tokens] -> log-probs [tokens], in float32."""
@@ -669,16 +672,15 @@ def read_cache(path: Path, questions: Iterable[str]) -> dict[str, list[Trajector
             raise BadInput(f"{path} holds a record that is not an answer with a log-prob for each token")
         if (question := record.pop("question")) in experts:
             experts[question].append(Trajectory(**record))
-    rewards, answered = (
-        [t.reward for some in experts.values() for t in some],
-        sum(map(bool, experts.values())),
-    )
+    rewards = [t.reward for some in experts.values() for t in some]
+    answered = sum(map(bool, experts.values()))
     say(f"{path}: {len(rewards)} answers to {answered} of {len(experts)} questions, {sum(rewards):.0f} right")
     return experts
 
 
 def start_processes() -> tuple[Accelerator, torch.dtype]:  # and the dtype of computation
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one samples, the others wait
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each length, so for each new token
     cuda = accelerator.device.type == "cuda"
     if not torch.distributed.is_initialized():  # started without a launcher: a world of one
@@ -858,10 +860,8 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         if options.cache:
             self.experts = read_cache(options.cache, [p.id for p in self.problems])
             if not any(self.experts.values()):
-                why = "was it made for other data, instruction, pixels or tokenizer?"
-                raise BadInput(
-                    f"{options.cache} answers none of these questions as they are asked here; {why}"
-                )
+                why = "as they are asked here; was it made for other data, instruction, pixels or tokenizer?"
+                raise BadInput(f"{options.cache} answers none of these questions {why}")
         parts = self.actor, self.encoder, dtype
         self.policy = make_policy(*parts)  # is trained; sharded
         self.reference = make_policy(*parts).requires_grad_(False) if options.kl_coef else None
