@@ -43,6 +43,7 @@ import tgrl
 from tgrl import BadInput, extract_boxed, group_advantages, is_equivalent, reward, tgrl_loss, token_shares
 
 HERE = Path(tgrl.__file__).resolve().parent
+LAW = {"tgrl.py": 1200, "eval.py": 800, "test_tgrl.py": 1800, "README.md": 250}
 
 # ===== The loss, against the paper's equations as plain loops =========================================
 
@@ -295,6 +296,19 @@ def test_a_small_kl_is_not_lost_in_rounding(spread):
 def test_no_float64_appears_where_a_device_may_lack_it():
     loss, metrics = loss_of(random_groups(14, **FLOAT32), "grpo", kl_coef=0.1)
     assert torch.float64 not in {x.dtype for x in (loss, *sum(metrics.values(), ()))}
+
+
+MISUSED = {
+    "a group of 1 has nothing to compare": lambda b: group_advantages(b.rewards[:, :1]),
+    "algorithm is 'ppo'; it can be": lambda b: token_shares(b.mask, "ppo"),
+    "kl_coef needs ref_logp": lambda b: loss_of(b, "grpo", kl_coef=0.1, ref_logp=None),
+}
+
+
+@pytest.mark.parametrize("message, call", MISUSED.items())
+def test_a_misuse_of_the_loss_is_named(message, call):
+    with pytest.raises(ValueError, match=message):
+        call(random_groups(0))
 
 
 def test_the_copyable_section_runs_alone():
@@ -579,17 +593,15 @@ def encoded(image):
 def make_problem(seed=0, sizes=((56, 56),), question="How many?"):
     rng = random.Random(seed)
     pictures = [noise(rng, *size) for size in sizes]
-    return tgrl.read_problem(
-        {"problem": "<image>" * len(sizes) + question, "images": pictures, "answer": "7"}
-    )
+    row = {"problem": "<image>" * len(sizes) + question, "images": pictures, "answer": "7"}
+    return tgrl.read_problem(row)
 
 
 def tiny_world(**options):
     """Model, encoder and policy, with weights large enough to matter."""
     torch.manual_seed(0)
-    options = tgrl.Options(
-        **tgrl.TOY | dict(min_pixels=28 * 28, max_pixels=112 * 112, max_answer=24) | options
-    )
+    small = dict(min_pixels=28 * 28, max_pixels=112 * 112, max_answer=24)
+    options = tgrl.Options(**tgrl.TOY | small | options)
     processor = tgrl.toy_processor(options.instruction)
     model = tgrl.tiny_model(processor.tokenizer, hidden=64, layers=2, vision_layers=2).eval()
     encoder = tgrl.Encoder(processor, model, options)
@@ -655,13 +667,9 @@ def test_every_source_gives_the_same_problems(world, tmp_path):
         metadata.append(json.dumps(row))
     (tmp_path / "virl.jsonl").write_text("\n".join(virl))
     (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(metadata))
-    for source, split, n in (
-        ("virl.jsonl", "train", 6),
-        ("virl.jsonl", "test[:2]", 2),
-        ("images", "train", 6),
-    ):
-        got = tgrl.load_problems(str(tmp_path / source), split, world.encoder)
-        assert sorted(p.id for p in got) == sorted(p.id for p in want[:n]), source
+    for name, split, n in (("virl.jsonl", "train", 6), ("virl.jsonl", "test[:2]", 2), ("images", "train", 6)):
+        got = tgrl.load_problems(str(tmp_path / name), split, world.encoder)
+        assert sorted(p.id for p in got) == sorted(p.id for p in want[:n]), name
 
 
 def test_answers_of_virl39k_lose_their_box_and_a_lost_placeholder_comes_back():
@@ -702,9 +710,8 @@ def test_bad_rows_are_named_and_good_ones_kept(world, tmp_path, monkeypatch, cap
     assert len(tgrl.load_problems("rows", "train", world.encoder)) == 2
     said = capsys.readouterr().out
     for reason, some in bad.items():
-        assert re.search(rf"rows: {len(some)} rows left out, {reason}.*: row {rows.index(some[0])}", said), (
-            reason
-        )
+        line = rf"rows: {len(some)} rows left out, {reason}.*: row {rows.index(some[0])}"
+        assert re.search(line, said), reason
 
 
 @pytest.mark.parametrize(
@@ -749,6 +756,21 @@ def test_the_vision_tower_reads_eight_questions_at_a_time(world, monkeypatch):
     monkeypatch.setattr(world.model.model, "get_image_features", watched)
     answers = tgrl.sample(world.model, world.encoder, prompts, 1, 0)
     assert seen == [8, 2] and answers == answers[:1] * 10
+
+
+def test_the_cache_with_room_holds_what_hugging_faces_holds():
+    rng, places = torch.Generator().manual_seed(0), []
+    kinds = (tgrl.RoomyLayer, tgrl.transformers.cache_utils.DynamicLayer)
+    caches = [tgrl.Cache(layer_class_to_replicate=kind) for kind in kinds]
+    for new in [(1, 2, 5, 4)] + [(3, 2, 1, 4)] * 520:  # [B, heads, T, D]: a prompt, then tokens of 3 answers
+        both = torch.randn(2, *new, generator=rng)
+        roomy, plain = (torch.stack(cache.update(*both, 0)) for cache in caches)
+        assert torch.equal(roomy, plain)
+        places.append(caches[0].layers[0].keys.data_ptr())
+        if new[0] == 1:
+            for cache in caches:
+                cache.batch_repeat_interleave(3)
+    assert sum(a != b for a, b in itertools.pairwise(places)) == 3  # new room for tokens 1, 257, 513
 
 
 def test_as_many_answers_at_once_as_free_memory_holds(monkeypatch):
@@ -891,11 +913,9 @@ def folder(world, tmp_path_factory):
     to_parquet(geo3k_rows(), folder / "train.parquet")
     shared = tgrl.TOY | dict(min_pixels=784, max_pixels=12544, max_answer=8, generate_batch=12, micro_batch=1)
     shared |= dict(model=f"{folder}/model", data=f"{folder}/train.parquet", experts=f"{folder}/experts.jsonl")
-    train = dict(
-        steps=2, questions_per_rollout=4, questions_per_update=2, n_on=3, max_draws=2, lr=1e-3, every=2
-    )
+    train = shared | dict(steps=2, questions_per_rollout=4, questions_per_update=2, n_on=3, max_draws=2)
     tgrl.make_experts(tgrl.Experts(**shared, samples=3))
-    return SimpleNamespace(path=folder, shared=shared, train=shared | train)
+    return SimpleNamespace(path=folder, shared=shared, train=train | dict(lr=1e-3, every=2))
 
 
 def cached(path):  # question -> the token ids of its answers
@@ -958,9 +978,10 @@ def test_a_training_that_cannot_start_says_why(folder, tmp_path, monkeypatch, ch
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "record", [{"text": "no answer"}, {"question": "0", "ids": [1], "behavior_logp": []}]
-)
+NO_ANSWERS = [{"text": "no answer"}, {"question": "0", "ids": [1], "behavior_logp": []}]
+
+
+@pytest.mark.parametrize("record", NO_ANSWERS)
 def test_a_file_that_is_no_cache_is_refused_and_left_alone(folder, tmp_path, record):
     path = tmp_path / "experts.jsonl"
     tgrl.append_records(path, [record])
@@ -1073,9 +1094,8 @@ def test_every_row_of_table_1_trains(folder, tmp_path, odd_is_right, algorithm, 
     header, records = records_of(tmp_path)
     assert header["config"]["algorithm"] == algorithm and sorted(records) == [0, 1, 2]
     assert {"reward", "entropy", "grad_norm", "ratio", "objective", "seconds", "accuracy"} <= set(records[0])
-    assert ("kl" in records[0]) == (algorithm == "grpo") and ("rectified" in records[0]) == (
-        row == "own experts"
-    )
+    assert ("kl" in records[0]) == (algorithm == "grpo")
+    assert ("rectified" in records[0]) == (row == "own experts")
     assert ("expert_reward" in records[0] or row == "own experts") == (row != "w/o Expert")
     assert records[2]["accuracy"] == means["accuracy"]
     after = dict(tgrl.load_model(str(tmp_path / "model"))[0].named_parameters())
@@ -1234,15 +1254,8 @@ def until(event, seconds=240):
 
 
 def torchrun(processes, job, options, result="", wait=True, fails=False, nodes="--standalone"):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *nodes.split(),
-        "--nproc-per-node",
-        str(processes),
-    ]
-    command += [__file__, job, json.dumps(options), str(result)]
+    command = [sys.executable, "-m", "torch.distributed.run", *nodes.split()]
+    command += ["--nproc-per-node", str(processes), __file__, job, json.dumps(options), str(result)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
@@ -1312,13 +1325,11 @@ def worker(job, options, result):
 
 def test_any_number_of_processes_gives_the_same_updates(folder, tmp_path):
     """FSDP2 on gloo: the same gradients and weights on 1, 2 and 4 processes, and on two "nodes"."""
-    options = folder.train | dict(
-        questions_per_rollout=8, questions_per_update=8, lr=1e-4, steps=3, every=100
-    )
+    options = folder.train | dict(lr=1e-4, steps=3, every=100)
+    options |= dict(questions_per_rollout=8, questions_per_update=8)
     for processes in (1, 2, 4):
-        torchrun(
-            processes, "updates", options | dict(out=f"{tmp_path}/out{processes}"), tmp_path / str(processes)
-        )
+        out = dict(out=f"{tmp_path}/out{processes}")
+        torchrun(processes, "updates", options | out, tmp_path / str(processes))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -1371,9 +1382,8 @@ def test_a_run_continues_on_other_processes_at_another_learning_rate(folder, tmp
     with pytest.raises(BadInput, match="holds a run; --resume continues it"):
         tgrl.Run(tgrl.Train(**options))
     run = tgrl.Run(tgrl.Train(**options | dict(steps=4, resume=True, lr=1e-5)))
-    assert (
-        run.step == 3 and run.drawn >= 12 and {group["lr"] for group in run.optimizer.param_groups} == {1e-5}
-    )
+    assert run.step == 3 and run.drawn >= 12
+    assert {group["lr"] for group in run.optimizer.param_groups} == {1e-5}
     assert sorted(path.name for path in tmp_path.glob("checkpoints/*")) == ["000001", "000002", "000003"]
 
 
@@ -1403,7 +1413,7 @@ yes ≠ no | yes or no | maybe | yesterday | 1 | true || no ≠ yes | yes or no 
 12 ~ x = 12 | about 12 | \approx 12 | 12 people | 24/2 | \frac{24}{2} | \frac{24}2 | 12. || 1000 ~ 1e3 | 10^3
 1200 ~ 1,200 | 1{,}200 | 1\,200 || -3 ~ -3 | - 3 || 7 ~ 007 || -4 ~ −4 || 0 ~ 0 || 2 ≠ √2 | \$2 million
 5 ≠ 5 a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a!
-1 ≠ 1/0 | 1/n | inf || 10 ≠ 10^3 | 10⁶ || 3 ≠ -3 | 3x || 120 ≠ 1,20 || -1 ≠ n-1 || 13 ≠ 12 || 30 ≠ 3x
+1 ≠ 1/0 | 1/n | inf | 4/3 || 10 ≠ 10^3 | 10⁶ || 3 ≠ -3 | 3x || 120 ≠ 1,20 || -1 ≠ n-1 || 13 ≠ 12 || 30 ≠ 3x
 5 ≠ 5x^2 | 1\frac{1}{2} | 5^2 | 5\pi | 5½ | 5! | not 5 || 12 ≠ 11.99 | twelve | 12 or 13 | 12:30 | 12 13""",
     "rounded 1": r"""
 1.2 ~ 1.2 | 1.20 | 1.24 | 1.16 | $1.2$ | \$1.2 | 1.2 m | 1.2 \text{ m} | 1.2 \, \text{m} | x = 1.2 | 6/5
@@ -1427,7 +1437,8 @@ $4 \pi$ ~ 4\pi | 12.57 | 12.566 || \frac{36}{13} ~ 36/13 | 2.77 || \frac{1}{3} ~
 mitosis ~ mitosis | Mitosis | It is mitosis. | \text{mitosis} || 5 ~ 5 | 5.0 | 5.004 | $5 | 5 V | 5 Ω
 left ventricle ~ the left ventricle | Left Ventricle || 12 ~ 12 \text{ N} | 12 \, \text{N} || 1000 ~ 1,000
 0.5 ~ 1/2 | \frac{1}{2} || 1.5 ~ 1\frac{1}{2} || 0.333 ~ 0.33 || 25 ~ 25% || -2 ~ -2 || left ventricle ≠ left
-5 ≠ 6 | 5.01 | 55 | -5 | not 5 || mitosis ≠ meiosis | amitosis || 0.333 ≠ 0.34 || 10 ≠ 10^2""",
+5 ≠ 6 | 5.01 | 55 | -5 | not 5 || mitosis ≠ meiosis | amitosis || 0.333 ≠ 0.34 || 10 ≠ 10^2
+A ~ A || A ≠ a cat""",
 }
 
 
@@ -1464,11 +1475,10 @@ answer is 3. The answer is 4 ~ 4 | The answer is 5, so \boxed{6} ~ 6 | ### Answe
 <think>The answer is 5?</think> Answer: 6 ~ 6 | The answer is B. (in \boxed{ }) ~ B. (in \boxed{ })
 60 ~ 60 | <think>The answer is 5? Let me ~ None
 """
+LINES_OF = [("Answer: (B)\nIt was easy", "(B)"), ("a\nb", "None"), ("", "None")]
 
 
-@pytest.mark.parametrize(
-    "text, found", [*pairs(FOUND), ("Answer: (B)\nIt was easy", "(B)"), ("a\nb", "None"), ("", "None")]
-)
+@pytest.mark.parametrize("text, found", [*pairs(FOUND), *LINES_OF])
 def test_an_answer_is_in_the_last_box_or_behind_the_word_once_thinking_is_over(text, found):
     assert str(evaluation.find_answer(text)) == found
 
@@ -1501,16 +1511,19 @@ ROWS = [  # what is special in a row (that form feed is the hub's), and what in 
     ("wemath", {"answer": "B"}, "60°", "45°"),
     ("mathvision", {"answer": "\frac{36}{13}", "options": []}, r"\frac{36}{13}", "3"),
     ("mathvision", {"answer": "B", "options": ["1", "2", "3"]}, "2", "3"),
+    ("mathvision", {"answer": "69{degrees}", "options": []}, "69", "70"),
     ("mathverse", PLANE | {"answer": "B"}, "45", "35"),
+    ("mathverse", PLANE | {"answer": "45"}, "B", "A"),
     ("mathverse", PLANE | {"answer": r"Area $=9 \pi$", "question_type": "free-form"}, r"9\pi", "9"),
     ("hallusionbench", {"category": "VD", "figure_id": 0, "question_id": 0, "gt_answer": "1"}, "yes", "no"),
     ("hallusionbench", {"category": "VD", "figure_id": 0, "question_id": 1, "gt_answer": "0"}, "No", "yes"),
     ("hallusionbench", {"category": "VS", "figure_id": 0, "question_id": 0, "gt_answer": "1"}, "Yes.", "1"),
-    ("mmmu", {"options": "['<image 2>', '<image 1>']", "answer": "A", "image_2": OTHER}, "A", "B"),
+    ("mmmu", {"options": "['<image 12>', '<image 1>']", "answer": "A", "image_12": OTHER}, "A", "B"),
     ("mmmu", {"answer": "['mitosis', 'meiosis']"}, "It is meiosis", "sleep"),
     ("mmmu-pro", {"answer": "J"}, "9 V", "8 V"),
     ("mmmu-pro-vision", {"answer": "C"}, "C", "D"),
     ("mmstar", {"answer": "B"}, "light blue", "red"),
+    ("mmstar", {"answer": "B", "question": "B. is?\nChoices:\nA. red\nB. light blue"}, "light blue", "red"),
     ("problems", {"answer": r"\boxed{12}"}, "12.0", "13"),
     ("problems", {"answer": "12", "question": "<image> <image>"}, None, None),
 ]
@@ -1711,20 +1724,9 @@ def test_what_the_user_can_mend_is_one_line_without_a_traceback(tmp_path, words,
 
 def test_defaults_follow_the_algorithm():
     grpo, dapo = tgrl.Train(algorithm="grpo", n_off=0), tgrl.Train(sharpness=7.0, n_off=0)
-    assert (grpo.sharpness, grpo.clip_high, grpo.kl_coef, grpo.token_mean, grpo.max_draws) == (
-        5,
-        0.2,
-        0.01,
-        False,
-        1,
-    )
-    assert (dapo.sharpness, dapo.clip_high, dapo.kl_coef, dapo.token_mean, dapo.max_draws) == (
-        7,
-        0.28,
-        0,
-        True,
-        20,
-    )
+    names = ("sharpness", "clip_high", "kl_coef", "token_mean", "max_draws")
+    assert [getattr(grpo, name) for name in names] == [5, 0.2, 0.01, False, 1]
+    assert [getattr(dapo, name) for name in names] == [7, 0.28, 0, True, 20]
     assert grpo.method == "GRPO" and tgrl.Train(experts="self").method == "TGRL-DAPO"
 
 
@@ -1752,9 +1754,7 @@ def test_nothing_uses_what_is_defined_below_it(script):
         assert not late, f"{name} uses {late}"
 
 
-@pytest.mark.parametrize(
-    "name, most", [("tgrl.py", 1200), ("eval.py", 800), ("test_tgrl.py", 1800), ("README.md", 250)]
-)
+@pytest.mark.parametrize("name, most", LAW.items())
 def test_the_law_of_size(name, most):
     lines = (HERE / name).read_text().splitlines()
     assert len(lines) <= most and max(map(len, lines)) <= (120 if name == "README.md" else 110)
@@ -1786,11 +1786,8 @@ def test_the_readme_names_functions_that_hold_the_equations_and_options_that_exi
     for numbers, name in rows:
         wanted = equations("Eq. " + numbers.replace("–", "-"))
         assert wanted <= equations(inspect.getsource(getattr(tgrl, name))), name
-    known = {
-        f.name
-        for kind in (tgrl.Toy, tgrl.Experts, tgrl.Train, evaluation.Run)
-        for f in dataclasses.fields(kind)
-    }
+    kinds = (tgrl.Toy, tgrl.Experts, tgrl.Train, evaluation.Run)
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     scripts = "".join(path.read_text() for path in HERE.glob(".compare/*.py"))
     known |= set(re.findall(r'add_argument\("--(\w+)"', scripts)) | {"nproc", "help", "nnodes"}
     assert set(re.findall(r"--(?:no_)?(\w+)", readme)) <= known
