@@ -40,9 +40,9 @@ from tqdm import tqdm
 import tgrl
 from tgrl import BadInput, is_equivalent
 
-# ===== 1. Rules: (what was said, the record with answer and choices) -> right or wrong ================
-
 LETTERS = "ABCDEFGHIJ"
+
+# ===== 1. Rules: (what was said, the record with answer and choices) -> right or wrong ================
 
 
 def find_answer(text: str) -> str | None:
@@ -52,7 +52,7 @@ def find_answer(text: str) -> str | None:
     _, thought, said = text.rpartition("</think>")
     if "<think>" in text and not thought:
         return None
-    labels = r"(?im)answer is\b[:*]*\s*|^\W*(?:the |my )?(?:final |correct )?answer\W*?:\**\s*"
+    labels = r"(?im)(?:answer|option|choice|letter) is\b[:*]*\s*|^\W*(?:\w+ ){0,2}answer\W*?:\**\s*"
     _, *answers = re.split(labels, said)
     short = re.fullmatch(r"\s*(.{1,80})\s*", said)
     return answers[-1].split("\n")[0].strip() or None if answers else short and short[1].strip()
@@ -74,7 +74,7 @@ def choice(said: str, item: dict) -> bool:
     words, options = plain(said), dict(zip(LETTERS, item["choices"], strict=False))
     texts = {letter: plain(option) for letter, option in options.items()}
     right, letters = texts.get(item["answer"], ""), "".join(options or LETTERS).lower()
-    if words in texts.values() and (len(words) > 1 or words not in letters):
+    if words in set(texts.values()) - set(letters):
         return words == right  # a text that is there twice is right for both
     label = re.match(rf"(?:option |choice |answer:? )?[(\[]?([{letters}])(?:[)\]][.:]?|[.:]|$) ?(.*)", words)
     if label:  # not "A: no", where B is no
@@ -84,8 +84,8 @@ def choice(said: str, item: dict) -> bool:
         return label[1].upper() == item["answer"] and not other and not several
     if label := re.match(rf"([{letters}])[ ,=-]+\(?(.*?)\)?$", words):  # "B 35", but not "a line"
         return label[1].upper() == item["answer"] and right != "" and is_equivalent(label[2], right)
-    fitting = {texts[key] for key, option in options.items() if is_equivalent(said, option)}
-    return fitting == {right} != {""}
+    fits = is_equivalent(said, options.get(item["answer"], ""))  # first, as each may take two seconds
+    return fits and {texts[key] for key, text in options.items() if is_equivalent(said, text)} == {right}
 
 
 def yes_or_no(said: str, item: dict) -> bool:
@@ -105,6 +105,8 @@ def number(text: str) -> float | None:
     text = re.sub(r"(?<![\d.])(?<!\d )\\[dt]?frac\{(-?[\d.]+)\}\{([\d.]+)\}", r"\1/\2", text)
     if len(text) > 100 or re.search(NO_NUMBER, text):
         return None
+    if not re.search(r"\d", text):  # there are two
+        text = re.sub(rf"\b({'|'.join(tgrl.COUNT)})\b", lambda word: str(tgrl.COUNT.index(word[0])), text)
     found = re.fullmatch(BEFORE + VALUE + AFTER, text)
     try:
         value = float(found[1].replace(",", "").replace(" ", "")) / float(found[2] or 1)
@@ -115,8 +117,7 @@ def number(text: str) -> float | None:
 
 def exact(answer: str) -> float | None:
     """The value of pi or a root in a benchmark's own answer."""
-    formula = answer.strip("$").translate(str.maketrans(tgrl.UNICODE))
-    parsed = math_verify.parse(f"${formula}$")
+    parsed = math_verify.parse(f"${answer.strip('$').translate(str.maketrans(tgrl.UNICODE))}$")
     real = parsed and getattr(parsed[0], "is_number", False) and parsed[0].is_real
     return float(parsed[0].evalf()) if real else None
 
@@ -126,8 +127,7 @@ def rounded(said: str, item: dict) -> bool:
     if is_equivalent(said, item["answer"]):
         return True
     value, wanted, places = number(said), number(item["answer"]), item["precision"]
-    if value is not None and wanted is None:
-        wanted = exact(item["answer"])
+    wanted = exact(item["answer"]) if wanted is None else wanted
     if value is None or wanted is None:
         return False
     if not places:  # MathVista's integers are cut off, but no fraction is
@@ -351,18 +351,13 @@ def read_sources(options: Run) -> dict[str, str]:
     return sources
 
 
-def root_of(source: str) -> Path:
-    """Where relative paths of pictures start."""
-    return Path(source) if Path(source).is_dir() else Path(source).parent
-
-
 def load(name: str, source: str, limit: int) -> list[dict]:
     """The rows; an error if none of them can be read, as when columns are missing."""
     benchmark, why = BENCHMARKS[name], "there are none"
     rows = list(itertools.islice(tgrl.read_rows(source, benchmark.split, benchmark.config), limit or None))
     for row in rows:
         try:
-            tgrl.read_problem(benchmark.read(row), root_of(source))
+            tgrl.read_problem(benchmark.read(row), source)
             return rows
         except Exception as error:  # a row may hold anything
             why = f"{type(error).__name__}: {error}. Its columns are {', '.join(row)}"
@@ -402,16 +397,16 @@ def begin(out: Path, headers: dict[str, dict], how: dict) -> dict[str, set[int]]
     return {name: set(found[name][1]) if name in found else set() for name in headers}
 
 
-def answer_batch(part: list, name: str, root: Path, encoder: tgrl.Encoder, model, options: Run) -> list[dict]:
+def answer_batch(part: list, header: dict, encoder: tgrl.Encoder, model, options: Run) -> list[dict]:
     """The records of some rows, (number, row) pairs, that are answered at once."""
     prompts, asked, records = [], [], []
     for index, row in part:
         record = {"row": index, "by": {}}
         try:
-            item = {"choices": []} | BENCHMARKS[name].read(row)
+            item = {"choices": []} | BENCHMARKS[header["tgrl_eval"]].read(row)
             kept = ("rule", "answer", "choices", "precision", "by", "together")
             record |= {key: item[key] for key in kept if key in item}
-            problem = tgrl.read_problem(item, root)
+            problem = tgrl.read_problem(item, header["source"])
             answer = item["answer"] if isinstance(item["answer"], list) else problem.answer
             record |= {"id": problem.id, "answer": answer}
             prompts.append(encoder(problem))
@@ -430,13 +425,13 @@ def answer_batch(part: list, name: str, root: Path, encoder: tgrl.Encoder, model
 
 def evaluate(header: dict, rows: list, done: set, encoder: tgrl.Encoder, model, options: Run, accelerator):
     """Answer what is not answered yet, each process its share of the batches."""
-    name, root = header["tgrl_eval"], root_of(header["source"])
     # One division into batches, whatever is done and however many processes: so answers stay the same.
     parts = tgrl.batches(list(enumerate(rows)), options.generate_batch // options.samples)
     todo = [part for part in parts if not done.issuperset(i for i, _ in part)]
     mine = todo[accelerator.process_index :: accelerator.num_processes]
+    name = header["tgrl_eval"]
     for part in tqdm(mine, unit="batch", desc=name, disable=None if accelerator.is_main_process else True):
-        records = answer_batch(part, name, root, encoder, model, options)
+        records = answer_batch(part, header, encoder, model, options)
         tgrl.append_records(options.out / f"{name}.jsonl", [r for r in records if r["row"] not in done])
 
 

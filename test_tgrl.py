@@ -451,7 +451,7 @@ y=2x+1 ~ y = 1+2x | 1:2:3 ~ 1 : 2 : 3 | 60^{\circ} ~ 60° | 5 sq. ft ~ 5 ft² | 
 12cm ~ 12 | 5 m^2 ~ 5 | x = 5 ~ 5 | 5 ~ x = 5 | A. 60 ~ A | A: 60 ~ A | 2/4 ~ 1/2 | 50\% ~ 50 | −5 ~ -5.0
 2π ~ 2\pi | $16$ ~ 16 | \$16 ~ 16 | 2ab ~ 2ba | 60^o ~ 60 | 2+3=5 ~ 5 | 60° ~ 60 | .5 ~ 1/2 | 50 ~ 50%
 pi ~ \pi | 3×4 ~ 12 | x² ~ x^2 | 5 mg ~ 5 | (A) ~ A | A ~ (A) | -5 ~ −5 | AC ~ ac | two ~ 2 | 5 Ω ~ 5 | b ~ B
-3 L ~ 3 | 3 N ~ 3 | 2h ~ 2h | 5. ~ 5 | €5 ~ 5
+3 L ~ 3 | 3 N ~ 3 | 2h ~ 2h | 5. ~ 5 | €5 ~ 5 | (-\infty, 1)\cup(2, \infty) ~ (2,\infty)\cup(-\infty,1)
 """
 DIFFERENT = r"""
 90° clockwise ~ 90° counterclockwise | 12 cm ~ 12 m | 5 m^2 ~ 5 m | 60° ~ 60 cm | 5 hours ~ 5 minutes
@@ -466,7 +466,7 @@ AB+BC=12 ~ 12 | 3 4 ~ 7 | 3 4 ~ 34 | (1) 20 cm ~ 21 | 3 1/2 ~ 2 | 10-20 ~ 20-30 
 1:2:3 ~ 1:3:2 | 12:30 ~ 0.4 | 8,6,2 ~ 6,2,8 | 2,2 ~ 2 | M, N, Q, P ~ N, M, Q, P
 3 units left ~ 3 units right | 1=2 ~ 1=3 | 4/3 ~ 1 | 5 g ~ 5 kg | 2h ~ 2 | two ~ 3 | A, C ~ C, A
 60°, 30° ~ 30, 60 | $5$ or $6$ ~ 6 | \sqrt{221} ~ 221 | 2\pi ~ \pi | 1e999999999 ~ 1 | \frac{1}{0} ~ 1
-. ~ 5 | $ ~ 5 | ~ ~ 5
+. ~ 5 | $ ~ 5 | ~ ~ 5 | \pi\infty ~ \infty | 1-\infty ~ -\infty | 2 - \infty^\infty ~ 5 | 1°)√\boxed 2 ~ 2
 """
 
 
@@ -967,7 +967,7 @@ def test_more_samples_are_other_samples(folder, tmp_path):
         (dict(experts="nowhere.jsonl"), "no --experts nowhere.jsonl; make it by `tgrl.py experts`"),
         (dict(data="other.parquet"), "answers none of these questions"),
         (dict(model="nowhere"), "cannot load --model nowhere"),
-        (dict(questions_per_update=3), "questions_per_update must divide the rollout"),
+        (dict(questions_per_update=3), "processes must divide questions_per_update"),
     ],
 )
 def test_a_training_that_cannot_start_says_why(folder, tmp_path, monkeypatch, change, words):
@@ -1124,7 +1124,7 @@ def group_of(rewards, experts=()):
 )
 def test_what_counts_as_contrast(own, expert, use_filter, contrast):
     group = group_of(own, [expert])
-    tgrl.compare(group, use_filter)
+    tgrl.set_advantages(group, use_filter)
     assert group.has_contrast == contrast
     assert [t.expert_ok for t in group.trajectories] == [True, True, expert == 1 or not use_filter]
     want = group_advantages(torch.tensor([[*own, expert]]).float())  # a wrong expert counts in mean, std
@@ -1153,7 +1153,7 @@ def test_dapo_draws_until_it_has_contrast(folder, tmp_path, monkeypatch, algorit
         return groups
 
     monkeypatch.setattr(tgrl, "rollout", rolled)
-    monkeypatch.setattr(tgrl.Run, "keep", lambda run, groups: trained.extend(groups))
+    monkeypatch.setattr(tgrl.Run, "keep_groups", lambda run, groups: trained.extend(groups))
     more = dict(out=str(tmp_path), n_off=0, steps=1, max_draws=None if algorithm == "grpo" else 3)
     tgrl.train(tgrl.Train(**folder.train | dict(algorithm=algorithm) | more))
     assert seen == draws and len(trained) == 4
@@ -1190,8 +1190,9 @@ def test_the_second_of_two_updates_is_off_policy(folder, tmp_path, odd_is_right,
     assert abs(ratios[0] - 1) < 1e-5 < 1e-3 < abs(ratios[1] - 1)
 
 
-def test_the_kl_is_a_mean_over_the_policys_own_answers(folder, tmp_path, odd_is_right, monkeypatch):
-    """Its weight does not depend on how many experts are in the groups."""
+@pytest.mark.parametrize("token_mean", [False, True])
+def test_the_kl_is_a_mean_over_the_policys_own(folder, tmp_path, odd_is_right, monkeypatch, token_mean):
+    """Its weight does not depend on how many experts are in the groups, nor on how long their answers are."""
     seen, real = [], tgrl.tgrl_loss
 
     def watched(logp, behavior_logp, mask, advantages, is_expert, expert_ok, shares, **options):
@@ -1200,7 +1201,8 @@ def test_the_kl_is_a_mean_over_the_policys_own_answers(folder, tmp_path, odd_is_
         return real(logp, behavior_logp, mask, advantages, is_expert, expert_ok, shares, **options)
 
     monkeypatch.setattr(tgrl, "tgrl_loss", watched)
-    tgrl.train(tgrl.Train(**folder.train | dict(out=str(tmp_path), algorithm="grpo", steps=1, micro_batch=2)))
+    options = dict(out=str(tmp_path), algorithm="grpo", token_mean=token_mean, steps=1, micro_batch=2)
+    tgrl.train(tgrl.Train(**folder.train | options))
     assert seen == pytest.approx([0.01] * 2)
 
 
@@ -1210,7 +1212,7 @@ def test_a_gradient_that_is_not_finite_or_nothing_changes_nothing(folder, tmp_pa
         for t in group.trajectories:
             t.advantage = advantage
 
-    monkeypatch.setattr(tgrl, "compare", spoil)
+    monkeypatch.setattr(tgrl, "set_advantages", spoil)
     tgrl.train(tgrl.Train(**folder.train | dict(out=str(tmp_path), steps=1, n_off=0, n_on=4)))
     before, after = (tgrl.load_model(f"{path}/model")[0] for path in (folder.path, tmp_path))
     assert all(map(torch.equal, before.parameters(), after.parameters()))
@@ -1292,9 +1294,9 @@ def three_updates(options, experts, result):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tgrl, "rollout", given)
-        patch.setattr(tgrl, "compare", lambda group, _: setattr(group, "has_contrast", True))
+        patch.setattr(tgrl, "set_advantages", lambda group, _: setattr(group, "has_contrast", True))
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-        patch.setattr(tgrl.Run, "keep", lambda run, _: runs.append(run))
+        patch.setattr(tgrl.Run, "keep_groups", lambda run, _: runs.append(run))
         tgrl.train(tgrl.Train(**options, n_off=0))
     run, parameters = runs[0], list(runs[0].policy.parameters())
     weights = torch.cat([p.full_tensor().flatten() for p in parameters])
@@ -1412,7 +1414,7 @@ yes ≠ no | yes or no | maybe | yesterday | 1 | true || no ≠ yes | yes or no 
 12 ~ 12 | 12.0 | 12.7 | $12$ | \$12 | 12\% | 12% | 12 cm | 12 \text{ cm} | 12 \, \text{cm}^2 | 12\ \text{cm}
 12 ~ x = 12 | about 12 | \approx 12 | 12 people | 24/2 | \frac{24}{2} | \frac{24}2 | 12. || 1000 ~ 1e3 | 10^3
 1200 ~ 1,200 | 1{,}200 | 1\,200 || -3 ~ -3 | - 3 || 7 ~ 007 || -4 ~ −4 || 0 ~ 0 || 2 ≠ √2 | \$2 million
-5 ≠ 5 a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a!
+5 ≠ 5 a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a! || 2 ~ there are two
 1 ≠ 1/0 | 1/n | inf | 4/3 || 10 ≠ 10^3 | 10⁶ || 3 ≠ -3 | 3x || 120 ≠ 1,20 || -1 ≠ n-1 || 13 ≠ 12 || 30 ≠ 3x
 5 ≠ 5x^2 | 1\frac{1}{2} | 5^2 | 5\pi | 5½ | 5! | not 5 || 12 ≠ 11.99 | twelve | 12 or 13 | 12:30 | 12 13""",
     "rounded 1": r"""
@@ -1473,7 +1475,7 @@ FOUND = r"""
 so \boxed{3} and \boxed{4} ~ 4 | The answer is 5. ~ 5. | **Answer:** B. 35 ~ B. 35 | Final answer : 7 ~ 7
 answer is 3. The answer is 4 ~ 4 | The answer is 5, so \boxed{6} ~ 6 | ### Answer: B ~ B | no ~ no
 <think>The answer is 5?</think> Answer: 6 ~ 6 | The answer is B. (in \boxed{ }) ~ B. (in \boxed{ })
-60 ~ 60 | <think>The answer is 5? Let me ~ None
+60 ~ 60 | <think>The answer is 5? Let me ~ None | So the correct option letter is (C) red. ~ (C) red.
 """
 LINES_OF = [("Answer: (B)\nIt was easy", "(B)"), ("a\nb", "None"), ("", "None")]
 

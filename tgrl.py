@@ -10,14 +10,14 @@ stronger model, the expert. The method, which is also the order of `train` at th
 
     for each step:
         copy the policy into the actor, which samples
-        draw questions until enough groups are chosen (or max_draws is reached); for each question:
+        draw questions, at most max_draws times, until enough groups are chosen; for each question:
             sample n_on answers from the actor                                     Eq. 13
-            take n_off answers of the expert, with their log pi_phi                Eq. 14
+            take up to n_off cached answers of the expert, with their log pi_phi   Eq. 14
             R = 1 if the boxed answer is right, else 0                             Eq. 3
             A = (R - mean R) / std R, over the whole group                         Eq. 15, 16
             m = 1 for a right expert answer, 0 for a wrong one                     Eq. 22
-            choose the group; DAPO (dynamic sampling): only if its rewards differ
-        compute log pi_old of the chosen answers, by the policy before its first update
+            choose the group; DAPO: if the rewards that m leaves differ; others fill up at the end
+        if there are several updates: compute log pi_old of the chosen answers, before the first
         for each update, on its share of the chosen groups:
             compute log pi_theta of every answer token, with gradient
             ratio = pi_theta / pi_old; for expert tokens rho = pi_theta / pi_phi   Eq. 17
@@ -27,8 +27,8 @@ stronger model, the expert. The method, which is also the order of `train` at th
             J = mean of min(r~ A, clip(r~) A), in GRPO minus a KL                  Eq. 24, 25
             take a step of AdamW
 
-rho is e^-Delta: it damps what the policy underestimates. w is at most 1, so it cannot lift what rho damps;
-it is smallest where the policy agrees already, and silences that.
+The gradient of a right expert's token is share * A * w * rho * grad log pi_theta, and none above the clip.
+rho = e^-Delta damps what the policy underestimates most; w, at most 1, silences what it underestimates least.
 
 Shapes: B questions, G answers a question, N answers in all, P prompt tokens, T answer tokens, R rows,
 L tokens a row, D hidden size, V vocabulary. Names: log pi_theta is logp; log pi_old and log pi_phi are
@@ -42,7 +42,7 @@ What the paper leaves open, and what is done here (reasons in README.md):
     DAPO's mean over tokens            over all tokens of an update, on all processes
     std                                unbiased; eps is 1e-6, outside the root
     whether the rewards differ         judged on the policy's answers and right expert answers
-    several updates a rollout          pi_old comes from the training forward, before the first
+    pi_old                             a forward pass before several updates; before one, pi_theta itself
 """
 
 import base64
@@ -144,7 +144,7 @@ def tgrl_loss(
     mask: Tensor,  # [N, T] True: an answer token, the end token included
     advantages: Tensor,  # [N] group_advantages(rewards).flatten()
     is_expert: Tensor,  # [N] bool
-    expert_ok: Tensor,  # [N] bool, the filter m: the expert's answer is right
+    expert_ok: Tensor,  # [N] bool, m of Eq. 22; it says nothing of the policy's own answers
     shares: Tensor,  # [N, T] token_shares(mask, "grpo" or "dapo")
     *,
     sharpness: float | None,
@@ -154,8 +154,8 @@ def tgrl_loss(
     ref_logp: Tensor | None = None,  # [N, T] log pi_ref
 ) -> tuple[Tensor, dict]:
     """-> (loss, metrics). Without expert answers this is GRPO (Eq. 2) or DAPO (Eq. 4) exactly. A metric is a
-    total, a (sum, count) pair, and totals add up over micro-batches and processes. A filtered expert answer
-    adds the constant (1 - clip_low) * A to the surrogate, without gradient; metrics leave it out."""
+    pair (sum, count), and pairs add up over micro-batches and processes. A filtered expert answer, with r~ 0
+    and A <= 0, adds (1 - clip_low) * A to the surrogate, without gradient; metrics leave it out."""
     mask, advantage = mask.bool(), advantages[:, None]  # [N, T], [N, 1]
     own, expert = mask & ~is_expert[:, None], mask & (is_expert & expert_ok)[:, None]  # [N, T]
     coefficient = unified_coefficient(logp, behavior_logp, mask, is_expert, expert_ok, sharpness)  # Eq. 17-23
@@ -178,7 +178,7 @@ def tgrl_loss(
     if kl_coef:
         if ref_logp is None:
             raise ValueError("kl_coef needs ref_logp, the log-probs of the reference")
-        gap = torch.where(own, ref_logp - logp, 0).clamp(-20, 20)  # k3 needs samples of the policy
+        gap = torch.where(own, ref_logp - logp, 0).clamp(-20, 20)  # of its own answers: k3 needs samples
         k3 = gap.expm1() - gap  # e^gap - 1 - gap, precise where it is small
         loss = loss + kl_coef * (shares * k3).sum()  # Eq. 2, 24
         metrics["kl"] = total(k3, own)
@@ -201,12 +201,13 @@ WORD = rf"(?:(?<=[ /])[mgshlLNJVA]|[cmk]m|[mk]g|m[lL]|in\.?|ft|yd|mi|lb|hr|°C?|
 UNIT = rf"(.*(?:[\d)}}]|\\pi)) ?({WORD}(?:[ /]{WORD})*(?: ?\^ ?\{{?[23]\}}?)?)"
 NAME = r"(?:^|(?<=,))(?:[^\d=<>!+*/^-]|(?<=[A-Za-z_ ])\d|(?<=_\{)\d)+="  # m\widehat{AB} = 60, not 2x = 60
 RUN = r"(?<=[\d.]) ?(?:-|x|\*|\\times) ?(?=[\d.])"  # between the numbers of a range or of dimensions
+SENSELESS = r"\d \d|\)\d|^[^A-Za-z]*=[^A-Za-z]*$"  # numbers side by side; 1 = 2
+SENSELESS += r"|(?<![-+,(\[<>=])(?<!^)\\infty|[\w)}][-+]\\infty|\\infty(?!$|[,)\]]|\\(?:\}|cup))"  # oo
 LATEX = dict(is_real=True, conversion_config=ConversionConfig(lowercase_symbols=False))
-LATEX |= dict(normalization_config=NormalizationConfig(malformed_operators=True))
+LATEX |= dict(normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"))
 
 # A process that can be killed: sympy can spend hours in one call of C code, as for 9^{9^{9^9}}.
 grading_process = pebble.ProcessPool(max_workers=1, context=multiprocessing.get_context("fork"))
-math_verify.grader.logger.disabled = True  # it would say once that the timeout is ours
 grader_errors = collections.Counter()  # why answers could not be graded -> how many; each command reports it
 
 
@@ -227,8 +228,7 @@ def without_latex(text: str) -> str:  # without formula signs, text commands and
     return re.sub(" +", " ", re.sub(r"(?<!\\)\\(?:[,;: ]|q?quad\b)|[\s~]", " ", text)).strip()
 
 
-def value_and_unit(text: str) -> tuple[str, str]:
-    """An answer as it is compared, and the unit or the words behind its number."""
+def value_and_unit(text: str) -> tuple[str, str]:  # the unit, or the words, behind a number
     text = without_latex(text.translate(str.maketrans(UNICODE)))
     for written, compared in PLAIN.items():
         text = re.sub(written, compared, text, flags=re.IGNORECASE).strip()
@@ -245,18 +245,15 @@ def same_formula(*texts: str) -> bool:
         if re.search(r",(?![^(\[{]*[)\]}])| or ", text):  # or: a set
             text = f"({text})" if " or " not in text else rf"\{{{text.replace(' or ', ',')}\}}"
         sides.append(re.sub(r"(?<!\d) | (?!\d)", "", text))
-    if sides[0] == sides[1]:
-        return True
-    if re.search(r"\d \d|\)\d", ",".join(sides)) or not re.search("^[^=]*$|[A-Za-z]", sides[0]):
-        return False  # numbers side by side are no product; 1 = 2 says nothing
+    if sides[0] == sides[1] or re.search(SENSELESS, ",".join(sides)):
+        return sides[0] == sides[1]
     try:
         return bool(math_verify.verify(*(latex2sympy(text, **LATEX) for text in sides), timeout_seconds=None))
     except Exception:  # it is no mathematics
         return False
 
 
-def same(prediction: str, answer: str) -> bool:
-    """In the grading process: letters, words and equations by rule, the rest as formulas."""
+def same(prediction: str, answer: str) -> bool:  # runs in the grading process
     (one, unit), (two, other) = value_and_unit(prediction), value_and_unit(answer)
     if re.fullmatch(r"(?i)\(?[A-H]\)?", two):  # "B", "(B)", or "B. 60" for B, but not "A. B"
         option = re.fullmatch(r"(?i)\(?([A-H])(?:\)[.:]?|[.:]|$) ?(?![A-H(),.: ]+$).*", one)
@@ -278,8 +275,7 @@ def same(prediction: str, answer: str) -> bool:
     return same_formula(two, one)
 
 
-def is_equivalent(prediction: str, answer: str) -> bool:
-    """Do the two mean the same?"""
+def is_equivalent(prediction: str, answer: str) -> bool:  # do the two mean the same?
     if max(len(prediction), len(answer)) > 400:  # nothing longer is compared as mathematics
         return prediction.strip() == answer.strip() != ""
     try:
@@ -301,6 +297,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as a 
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said when one process saves
+math_verify.grader.logger.disabled = True  # it would say once that the timeout is ours
 PLACEHOLDER = "<image>"
 THINK = "Think step by step between <think> and </think>, then give the answer alone inside \\boxed{}."
 
@@ -326,7 +323,7 @@ class Options:  # what all commands share; in [brackets]: where a default comes 
 
 @dataclasses.dataclass
 class Problem:
-    id: str  # a hash of the content; `load_problems` adds how it is asked: so the cache knows it
+    id: str  # hash of question, answer, pictures; `load_problems` adds the prompt's tokens; key of the cache
     question: str  # with one <image> where each picture goes
     images: list[bytes]  # encoded pictures
     answer: str
@@ -350,8 +347,8 @@ class Trajectory:  # one answer; as its fields are plain, it is also a record of
     is_expert: bool = False
     expert_ok: bool = True  # the filter m: false for a wrong expert answer
     advantage: float = 0.0
-    logp: list[float] | None = None  # [T] under the policy
-    behavior_logp: list[float] | None = None  # [T] under whoever wrote it: pi_old or pi_phi
+    logp: list[float] | None = None  # [T] under the policy as it was trained on, for groups.jsonl
+    behavior_logp: list[float] | None = None  # [T] under who wrote it: pi_phi, or pi_old (None: as logp)
 
 
 @dataclasses.dataclass
@@ -359,7 +356,7 @@ class Group:
     problem: Problem
     prompt: Prompt
     trajectories: list[Trajectory]
-    has_contrast: bool = False  # do rewards differ, those of filtered experts left aside?
+    has_contrast: bool = False  # do the rewards differ of answers with expert_ok?
 
 
 def say(text: str):  # once, however many processes run, and above a progress bar
@@ -384,8 +381,9 @@ def read_rows(source: str, split: str, config: str | None = None) -> Iterator[di
         yield from batch.to_pylist()
 
 
-def read_problem(row: dict, root: Path = Path()) -> Problem:
+def read_problem(row: dict, source: str = "") -> Problem:
     """One row in the schema of geometry3k (images, problem, answer) or ViRL39K (image, question, answer)."""
+    root = Path(source) if Path(source).is_dir() else Path(source).parent  # of relative picture paths
     columns = ", ".join(row)
     row = {"problem": row.get("question"), "images": row.get("image"), "answer": None} | row
     question, answer = (str("" if row[name] is None else row[name]).strip() for name in ("problem", "answer"))
@@ -396,7 +394,7 @@ def read_problem(row: dict, root: Path = Path()) -> Problem:
         question = PLACEHOLDER + question  # some 2 % of ViRL39K lost theirs
     if not answer or not question.replace(PLACEHOLDER, ""):
         raise BadInput(f"no question or no answer in the columns {columns}")
-    if question.count(PLACEHOLDER) != len(images) or not images:
+    if not question.count(PLACEHOLDER) == len(images) > 0:
         raise BadInput(f"{question.count(PLACEHOLDER)} times {PLACEHOLDER} for {len(images)} pictures")
     content = hashlib.sha256(repr((question, answer)).encode() + b"".join(images))
     answer = extract_boxed(answer) or answer  # ViRL39K writes \boxed{42}
@@ -434,16 +432,15 @@ class Encoder:  # question -> prompt, the same way for rollouts, experts, traini
 def load_problems(source: str, split: str, encoder: Encoder) -> list[Problem]:
     """All questions that can be used; the others are left out and reported together."""
     problems, left_out, limit = [], collections.defaultdict(list), encoder.options.max_prompt
-    root = Path(source) if Path(source).is_dir() else Path(source).parent  # of relative picture paths
     for number, row in enumerate(tqdm(read_rows(source, split), desc=source, disable=None)):
         try:
-            problem = read_problem(row, root)
+            problem = read_problem(row, source)
             ids = encoder(problem).ids.tolist()
             if len(ids) > limit:
                 raise BadInput(f"longer than --max_prompt {limit} tokens")
             problem.id = hashlib.sha256(f"{problem.id} {ids}".encode()).hexdigest()[:16]
             problems.append(problem)
-        except Exception as error:  # a row may hold anything; without what differs from row to row
+        except Exception as error:  # a row may hold anything; equal messages, cut before a value, are counted
             left_out[re.split(" <_|'", f"{type(error).__name__}: {error}")[0]].append(number)
     for reason, rows in left_out.items():
         say(f"{source}: {len(rows)} rows left out, {reason}: row {', '.join(map(str, rows[:8]))}")
@@ -471,7 +468,7 @@ def pad(rows: Iterable, side: str = "right") -> Tensor:
 
 
 def batch_that_fits(model, options: Options, policy=None) -> int:
-    """How many of the longest answers fit in free memory, beside a tenth and AdamW's moments."""
+    """How many answers of full length fit in 90 % of free memory, less AdamW's moments, yet to come."""
     if options.generate_batch or not torch.cuda.is_available():
         return options.generate_batch or 64
     held = 8 * sum(p.to_local().numel() for p in policy.parameters()) if policy else 0
@@ -494,7 +491,7 @@ def embed(model, ids: Tensor, pictures: Iterable[dict]) -> Tensor:
 
 
 class RoomyLayer(transformers.cache_utils.DynamicLayer):
-    """A layer's cache with room for 256 more tokens; Hugging Face's copies itself for each new one."""
+    """A layer's cache that grows by 256 tokens at a time; Hugging Face's is copied for each new one."""
 
     room = None  # [2, B, heads, T and some more, D]
 
@@ -513,7 +510,7 @@ class RoomyLayer(transformers.cache_utils.DynamicLayer):
 def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: float = 1.0) -> list[list]:
     """n answers to each prompt, as token ids up to and with the first end token. In training the temperature
     is 1, else pi_old is not what was sampled from; at 0 it takes the likeliest token."""
-    # What generate is not told it takes from the checkpoint's (repetition_penalty 1.05 ...): so all is told.
+    # A config of our own: the checkpoint's has settings like repetition_penalty 1.05.
     how = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else {}
     how |= dict(max_new_tokens=encoder.options.max_answer, suppress_tokens=encoder.unwritable.tolist())
     actor.generation_config = GenerationConfig(eos_token_id=encoder.ends, pad_token_id=encoder.ends[0], **how)
@@ -531,7 +528,7 @@ def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: 
         ids.repeat_interleave(n, 0),  # [B * n, P]
         attention_mask=seen.repeat_interleave(n, 0),
         position_ids=positions[..., -1:].repeat_interleave(n, 1),  # [3, B * n, 1], counted on from here
-        cache=cache,
+        cache=cache,  # past_key_values before transformers 5.24
     )
     answers = []
     for tokens in sequences[:, ids.shape[1] :].tolist():
@@ -568,8 +565,8 @@ def rollout(actor, encoder: Encoder, problems: list[Problem], n: int, temperatur
 #       question    causal       .         .         its own answer. Log-probs and gradients are those of G
 #       answer 1    all        causal      .         rows, for P + G*T tokens instead of G*(P + T).
 #       answer 2    all          .       causal
-#   Attention goes over (P + G*T)^2, a loss where answers are long. So a long group is dealt out over rows of
-#   at least P * sqrt(c1 / (c2 * P) + 1) answer tokens; matrices cost c1 FLOPs a token, attention c2 * L.
+#   Attention goes over (P + G*T)^2, a loss where answers are long. A token costs c1 + c2 * L FLOPs; they are
+#   fewest with P * sqrt(c1 / (c2 * P) + 1) answer tokens a row. So a long group gets several such rows.
 
 
 def answers_of(groups: list[Group]) -> list[Trajectory]:
@@ -612,7 +609,7 @@ class Policy(nn.Module):  # a Qwen2.5-VL, be it student, expert or reference, as
         super().__init__()
         self.model, self.unwritable = model, unwritable
         layer, width = model.model.language_model.layers[0], model.config.text_config.hidden_size
-        self.c1_by_c2 = sum(p.numel() for p in layer.parameters()) / (2 * width)
+        self.c1_by_c2 = sum(p.numel() for p in layer.parameters()) / (2 * width)  # 2 * weights by 4 * width
 
     def token_logp(self, hidden: Tensor, target: Tensor) -> Tensor:
         """hidden [tokens, D], target [tokens] -> log-probs [tokens], in float32."""
@@ -620,20 +617,20 @@ class Policy(nn.Module):  # a Qwen2.5-VL, be it student, expert or reference, as
         logits = logits.index_fill(-1, self.unwritable.to(logits.device), -torch.inf)  # [tokens, V]
         return -nn.functional.cross_entropy(logits, target.to(logits.device), reduction="none")
 
-    def forward(self, pack: SimpleNamespace) -> Tensor:
+    def forward(self, batch: SimpleNamespace) -> Tensor:
         """-> logp [N, T], 0 at padding."""
-        query, key = pack.segments[:, :, None], pack.segments[:, None, :]
+        query, key = batch.segments[:, :, None], batch.segments[:, None, :]
         hidden = self.model.model.language_model(
-            inputs_embeds=embed(self.model, pack.ids, [pack.vision]),
-            position_ids=pack.positions.movedim(-1, 0),
+            inputs_embeds=embed(self.model, batch.ids, [batch.vision]),
+            position_ids=batch.positions.movedim(-1, 0),
             attention_mask=((key == 0) | (key == query)).tril()[:, None],  # [R, 1, L, L] see the drawing
             use_cache=False,
         ).last_hidden_state  # [R, L, D]
-        hidden = hidden[(pack.segments > 0).to(hidden.device)]  # [tokens, D], in the order of target[mask]
-        parts = zip(hidden.split(1024), pack.target[pack.mask].split(1024), strict=True)
+        hidden = hidden[(batch.segments > 0).to(hidden.device)]  # [tokens, D], in the order of target[mask]
+        parts = zip(hidden.split(1024), batch.target[batch.mask].split(1024), strict=True)
         # in parts, and recomputed in the backward pass, so that not all [tokens, V] logits exist at once
         logp = torch.cat([checkpoint(self.token_logp, *part, use_reentrant=False) for part in parts])
-        return torch.zeros_like(pack.behavior_logp).masked_scatter(pack.mask, logp.to(pack.mask.device))
+        return torch.zeros_like(batch.behavior_logp).masked_scatter(batch.mask, logp.to(batch.mask.device))
 
 
 @torch.no_grad()
@@ -646,8 +643,8 @@ def score(policy: Policy, groups: list[Group], micro_batch: int) -> Iterator[tup
 
 
 # ===== 6. Experts: answers of a stronger model, cached with their log-probs under that model ==========
-# The cache is JSONL, an answer a line, with the id of its question, which says also how it was asked: so
-# log-probs of two models are only compared for the same tokens.
+# The cache is JSONL, an answer a line. The id of its question is a hash of the prompt's tokens, too: so an
+# answer is only taken where the student is asked by the same tokens. Without a cached answer none is added.
 
 
 def append_records(path: Path, records: list[dict]):
@@ -668,7 +665,7 @@ def read_cache(path: Path, questions: Iterable[str]) -> dict[str, list[Trajector
     """Expert answers by question's id; what the cache has for these questions is said."""
     experts = {question: [] for question in questions}
     for record in read_records(path):
-        if len(record.get("ids", "")) != len(record.get("behavior_logp", "-")):
+        if not record.get("ids") or len(record["ids"]) != len(record.get("behavior_logp") or ()):
             raise BadInput(f"{path} holds a record that is not an answer with a log-prob for each token")
         if (question := record.pop("question")) in experts:
             experts[question].append(Trajectory(**record))
@@ -729,7 +726,8 @@ def make_experts(options: Experts):
 
 
 # Experts of its own, in the spirit of the abstract of IVR-R1 (arXiv 2605.23997), which is all that is public:
-# a wrong answer is traced to a step, taken up again from there, with the picture once more, and verified.
+# a wrong answer is cut before a doubted step, and continued with the picture once more, until one is right.
+# Trained on is the plain prompt, without the second look; pi_phi of the new part is with it.
 
 LOOK = "Look once more, closely, and go on from where the answer stands."
 DOUBTED = -2.0  # a token of a log-prob below this makes its step suspect
@@ -738,7 +736,7 @@ TRIES = 8  # continuations sampled from before the suspect step
 
 def before_doubt(t: Trajectory, tokenizer) -> list[int]:
     """What stands before the first sentence or line with a token that the policy doubts."""
-    # The first one, as what follows a slip is doubted, too; if none is below DOUBTED, the most doubted one.
+    # What follows a slip is doubted, too: so the first one. None below DOUBTED: the most doubted one.
     cut = next((i for i, logp in enumerate(t.logp) if logp < DOUBTED), t.logp.index(min(t.logp)))
     while cut and not re.search(r"[.!?;]\s|\n", tokenizer.decode(t.ids[cut - 1 : cut + 1])):
         cut -= 1
@@ -754,14 +752,14 @@ def look_again(problem: Problem, begun: list[int], encoder: Encoder) -> Prompt: 
 
 
 def rectify(actor, encoder: Encoder, groups: list[Group]) -> dict[str, list[Trajectory]]:
-    """By question with a wrong answer: the expert answer that the policy makes of it, if it can."""
+    """By id of a question with a wrong answer: [what the policy makes of it, if that is right]."""
     judge, wrong, made = Policy(actor, encoder.unwritable), [], {}
     for group in groups:
         if failed := [t for t in group.trajectories if t.reward == 0]:
             wrong.append(Group(group.problem, group.prompt, failed[:1]))
     for t, logp in score(judge, wrong, encoder.options.micro_batch):
         t.logp = logp
-    for part in batches(wrong, encoder.options.generate_batch // TRIES):
+    for part in batches(wrong, encoder.options.generate_batch // (2 * TRIES)):  # as two looks are long
         begun = [before_doubt(t, encoder.tokenizer) for t in answers_of(part)]
         prompts = [look_again(group.problem, ids, encoder) for group, ids in zip(part, begun, strict=True)]
         tails = sample(actor, encoder, prompts, TRIES)
@@ -769,7 +767,7 @@ def rectify(actor, encoder: Encoder, groups: list[Group]) -> dict[str, list[Traj
             longest = encoder.options.max_answer
             answers = [grade((ids + tail)[:longest], group.problem, encoder) for tail in some]
             made[group.problem.id] = [t for t in answers if t.reward == 1 and t.finished][:1]
-            for t in made[group.problem.id]:  # with log-probs under the prompts that produced its two parts
+            for t in made[group.problem.id]:  # its start was written under the plain prompt, its tail not
                 tail = Group(group.problem, prompt, [Trajectory(t.ids[len(ids) :], "", 1.0)])
                 [(_, logp)] = score(judge, [tail], 1)
                 t.behavior_logp = group.trajectories[0].logp[: len(ids)] + logp
@@ -804,7 +802,7 @@ class Train(Options):
     clip_high: float | None = None  # upper clip [by algorithm; EasyR1: 0.28 dapo; Eq. 24: as the lower]
     kl_coef: float | None = None  # beta of Eq. 24 [by algorithm; EasyR1: 0.01 grpo; DAPO has none]
     token_mean: bool | None = None  # average over tokens (Eq. 25), not over answers (Eq. 24) [by algorithm]
-    max_draws: int | None = None  # draws for groups whose rewards differ [by algorithm; EasyR1: 20 for dapo]
+    max_draws: int | None = None  # rounds of drawing questions [by algorithm; EasyR1: 20 for dapo]
     steps: int = 60  # each a rollout and its updates [paper: 15 epochs of Geo3K are 60, 2 of ViRL39K 150]
     questions_per_rollout: int = 512  # questions a step, over all processes [EasyR1]
     questions_per_update: int = 128  # questions an update [EasyR1]
@@ -850,7 +848,7 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         update = options.questions_per_update
         if update % self.world or options.questions_per_rollout % update:
-            raise BadInput("questions_per_update must divide the rollout's; the processes must divide it")
+            raise BadInput("processes must divide questions_per_update, and that questions_per_rollout")
         model, processor = load_model(options.model, dtype)
         self.actor = model.to(self.accelerator.device)  # samples; whole, in the dtype of computation
         self.encoder = Encoder(processor, self.actor, options)
@@ -903,7 +901,7 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         if folder.exists():  # the one from which this run was resumed
             return
         beside = folder.with_suffix(".tmp")
-        # Each process writes its shards. On a CPU the exchange would slow a lone process from then on.
+        # Each process writes its shards. A lone one does not exchange, which would slow it from then on.
         dcp.save({"run": self}, checkpoint_id=beside, no_dist=self.world == 1)
         if self.rank == 0:
             self.actor.generation_config = self.encoder.generation_config
@@ -934,7 +932,7 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         return drawn
 
     def add_experts(self, groups: list[Group]) -> dict:
-        """n_off of a question's cached answers, at random; or one that the policy makes; -> metrics."""
+        """Up to n_off of a question's cached answers, at random; or one of its own making; -> metrics."""
         self_made = self.options.experts == "self" and self.options.n_off > 0
         experts = rectify(self.actor, self.encoder, groups) if self_made else self.experts
         for group in groups:
@@ -959,7 +957,7 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         self.write("metrics.jsonl", {"step": self.step, **means})
         return means
 
-    def keep(self, groups: list[Group]):
+    def keep_groups(self, groups: list[Group]):
         """For `eval.py show`: some groups as they were trained on."""
         for group in groups if self.step % self.options.every == 0 else ():
             p, decode = group.problem, self.encoder.tokenizer.decode
@@ -969,7 +967,7 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
             self.write("groups.jsonl", record | {"answers": answers})
 
 
-def compare(group: Group, use_filter: bool):
+def set_advantages(group: Group, use_filter: bool):
     rewards = torch.tensor([[t.reward for t in group.trajectories]])  # [1, G]
     for t, advantage in zip(group.trajectories, group_advantages(rewards)[0].tolist(), strict=True):
         t.expert_ok = t.reward == 1 or not t.is_expert or not use_filter  # Eq. 22
@@ -1001,31 +999,33 @@ def train(options: Train) -> dict:
         metrics = [run.between_steps()]
         torch.manual_seed(hash((options.seed, run.step, run.rank)))  # so that a resumed run samples the same
 
-        chosen, flat, tried, n = [], [], 0, quota  # groups with contrast, without; groups drawn; to draw next
+        chosen, flat, drawn, n = [], [], 0, quota  # groups with contrast, without; so far drawn; to draw next
         for _ in range(options.max_draws):
-            tried += n
+            drawn += n
             groups = rollout(run.actor, run.encoder, run.draw(n), options.n_on)  # Eq. 3, 13
             metrics.append(run.add_experts(groups))  # Eq. 14
             for group in groups:
-                compare(group, options.filter)  # Eq. 15, 16, 22
+                set_advantages(group, options.filter)  # Eq. 15, 16, 22
                 (chosen if group.has_contrast else flat).append(group)
             metrics.append(describe(groups))
             del flat[quota:]  # their pictures take memory
             found = gather_object([len(chosen)])  # so all processes decide alike
-            # as many as bring what is missing, if as large a share as so far has contrast
-            n = min(quota, math.ceil((quota - min(found)) * tried * run.world / max(1, sum(found))))
+            # what the neediest process lacks, divided by the share of groups with contrast so far
+            n = min(quota, math.ceil((quota - min(found)) * drawn * run.world / max(1, sum(found))))
             if n <= 0:
                 break
-        # DAPO fills up what is missing from those without contrast; GRPO, which draws once, takes all.
+        # Groups without contrast fill up what is missing; GRPO, which draws once, takes all.
         chosen = (chosen + flat)[:quota]
-        if n_updates > 1:  # pi_old; with one update it is the policy itself
+        if n_updates > 1:  # pi_old, else taken from logp below
             for t, logp in score(run.policy, chosen, options.micro_batch):
                 t.behavior_logp = t.behavior_logp if t.is_expert else logp
         for i in range(n_updates):
-            groups = chosen[i::n_updates]
+            groups = chosen[i::n_updates]  # a stride, so that each update gets some of both kinds
             mine = [(len(t.ids), t.is_expert) for t in answers_of(groups)]
             lengths, is_expert = zip(*gather_object(mine), strict=True)  # of the answers on all processes
-            kl_coef = options.kl_coef * len(is_expert) / is_expert.count(False)  # a mean over own answers
+            counts = torch.tensor(lengths) ** int(options.token_mean)  # what is averaged: tokens, or answers
+            own = counts[~torch.tensor(is_expert)].sum()
+            kl_coef = options.kl_coef * float(counts.sum() / own)  # so the KL is a mean over the policy's own
             for part in batches(groups, options.micro_batch):
                 batch = pack(part, run.actor.device, run.policy.c1_by_c2)
                 logp = run.policy.train()(batch)  # [N, T]
@@ -1045,7 +1045,7 @@ def train(options: Train) -> dict:
             metrics.append({"grad_norm": (norm, 1)})
         metrics.append({"seconds": (time.perf_counter() - start, 1)})
         run.report(metrics)
-        run.keep(chosen[:4])
+        run.keep_groups(chosen[:4])
         run.step += 1
     run.refresh_actor()
     return run.report([run.between_steps()])
