@@ -309,7 +309,7 @@ class Run:
     """Answer benchmarks into --out, a record for each row, and report. Continues where it was killed."""
 
     model: tyro.conf.Positional[str] = ""  # hub id or folder; one in a training's folder is asked as trained
-    benchmarks: tyro.conf.Positional[tuple[str, ...]] = ()  # NAME, or NAME=PATH of a file or folder
+    benchmarks: tyro.conf.Positional[tuple[str, ...]] = ()  # NAME, or NAME=SOURCE: a hub id, file or folder
     out: Path = Path("runs/eval")  # folder of the records, begun or continued
     temperature: float = 0.0  # 0: the likeliest answer
     samples: int = 1  # answers a question, for mean@k and pass@k
@@ -354,7 +354,13 @@ def read_sources(options: Run) -> dict[str, str]:
 def load(name: str, source: str, limit: int) -> list[dict]:
     """The rows; an error if none of them can be read, as when columns are missing."""
     benchmark, why = BENCHMARKS[name], "there are none"
-    rows = list(itertools.islice(tgrl.read_rows(source, benchmark.split, benchmark.config), limit or None))
+    found = tgrl.read_rows(source, benchmark.split, benchmark.config)
+    try:
+        rows = list(itertools.islice(found, limit or None))
+    except BadInput:
+        if not source.startswith("lmms-lab/"):
+            raise
+        return load(name, source.replace("lmms-lab/", "lmms-lab-encoder/"), limit)  # some have moved
     for row in rows:
         try:
             tgrl.read_problem(benchmark.read(row), source)
@@ -633,8 +639,7 @@ def compare_one(name: str, first: tuple, second: tuple, rows: list[int], flips: 
         print(f"    take care, they differ in: {', '.join(different)}")
 
 
-def compare(a: Path, b: Path, flips: int = 10):
-    """B against A."""
+def compare(a: Path, b: Path, flips: int = 10):  # B against A
     first, second = evaluations(a), evaluations(b)
     names = [name for name in first if name in second]
     if not names:

@@ -1620,6 +1620,7 @@ run MODEL wemath=none.parquet ~ cannot load 'none.parquet' | run nowhere geo3k=D
 run MODEL geo3k=DATA --samples 3 ~ needs --temperature above 0 | run MODEL toy --limit -1 ~ --limit at least 0
 run MODEL geo3k=DATA --out . ~ geo3k.jsonl is no evaluation | run --rescore --out none ~ holds no evaluation
 compare none ANSWERED ~ no benchmark in common | show none ~ none has no finished step
+run MODEL mmmu ~ cannot load 'lmms-lab-encoder/MMMU'
 """
 
 

@@ -4,9 +4,8 @@
 
 FOLDER holds clones of MathVista, MATH-V, We-Math, MMMU and MMStar (GitHub: lupantech, mathllm, We-Math,
 MMMU-Benchmark, MMStar-Benchmark); what is not there is left out. Graded are responses "as said"; those of one
-short line "boxed"; and what the official scorer "extracted", in a box. Official verdicts are in the files, by
-rule for MMMU and MMStar; We-Math has no responses. Gold answers must be right, other options' texts wrong.
---step 3 takes every third row of the result files; --show 9 tells nine disagreements of each kind.
+short line "boxed"; and what the official scorer "extracted", in a box. Official verdicts are in the files,
+for MMMU and MMStar by rule. Gold answers must be right, wrong options wrong. --show 9 tells disagreements.
 """
 
 import argparse
@@ -28,8 +27,7 @@ NO_PICTURES = {name: None for name in ("image", "decoded_image", *(f"image_{i}" 
 READ = {"MathVista": grader.mathvista, "MATH-V": grader.mathvision, "We-Math": grader.wemath}
 
 
-def read(path: Path) -> list[dict]:
-    """The rows of a file of JSON, lines of JSON, or a sheet."""
+def read(path: Path) -> list[dict]:  # the rows of a file of JSON, lines of JSON, or a sheet
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in path.open(encoding="utf-8") if line.strip()]
     if path.suffix == ".json":
@@ -42,15 +40,18 @@ def read(path: Path) -> list[dict]:
     return [dict(zip(rows[0], row, strict=False)) for row in rows[1:]]
 
 
-def mmmu_verdict(text: str, item: dict) -> bool:
-    """MMMU's: the option named last, or else quoted last; or the answer behind "is", "=" and the like."""
+def mmmu_choice(text: str, choices: list[str]) -> str | None:  # the letter, or else the option, named last
+    said, options = f" {text.strip(',.!?;:')} ", dict(zip(grader.LETTERS, choices, strict=False))
+    signs = [{form.format(letter): letter for letter in options} for form in ("({})", " {} ")]
+    if len(said.split()) > 5 and not any(sign in said for one in signs for sign in one):
+        said, signs = said.lower(), [{words.lower(): letter for letter, words in options.items()}]
+    last = [max((said.rfind(sign), letter) for sign, letter in one.items()) for one in signs]
+    return next((letter for place, letter in last if place >= 0), None)  # where they guess
+
+
+def mmmu_verdict(text: str, item: dict) -> bool:  # MMMU's: the option, or what stands behind "is", "=" ...
     if item["rule"] == "choice":
-        said, options = f" {text.strip(',.!?;:')} ", dict(zip(grader.LETTERS, item["choices"], strict=False))
-        signs = [{form.format(letter): letter for letter in options} for form in ("({})", " {} ")]
-        if len(said.split()) > 5 and not any(sign in said for one in signs for sign in one):
-            said, signs = said.lower(), [{words.lower(): letter for letter, words in options.items()}]
-        last = [max((said.rfind(sign), letter) for sign, letter in one.items()) for one in signs]
-        return next((letter == item["answer"] for place, letter in last if place >= 0), False)  # they guess
+        return mmmu_choice(text, item["choices"]) == item["answer"]
     marks, num = r"\b(?:be|so|is|thus|therefore|final|answer|result) |=", r"-?(?:\d*\.)?\d+"
     lines = [re.split(marks, line) for line in text.lower().strip(" .\n").split("\n")]
     said = "\n".join(line[-1] for line in lines if len(line) > 1) or text.lower()
@@ -105,13 +106,11 @@ def agreement(cases, show: int):
         share = f"{c['same']:6} of {c.total():6} the same, {100 * c['same'] / c.total():6.2f} %"
         print(f"{name}, {way} {place:40}{share}; we credit {c['we credit']}, they credit {c['they credit']}")
     for key, some in sorted(others.items()):
-        for one in some[:: max(1, len(some) // show)][:show] if show else ():
+        for one in some[:: len(some) // max(1, show) + 1][:show]:
             print(*key, *map(repr, one), sep=" | ")
 
 
-def trials(item: dict, answer: str):
-    """-> what was tried, said, wanted, and whether the verdict is another than due."""
-
+def trials(item: dict, answer: str):  # -> what was tried, said, wanted; is the verdict another than due?
     def right(said: str) -> bool:
         return grader.judge([f"\\boxed{{{said}}}"], item)["correct"][0]
 
