@@ -339,7 +339,7 @@ def as_asked(options: Run) -> dict:
 
 def read_sources(options: Run) -> dict[str, str]:
     """Benchmark -> hub id or path."""
-    known, sources = f"known are {', '.join(BENCHMARKS)}", {}
+    known, sources = f"known are {', '.join(BENCHMARKS)}; yours is problems=FILE", {}
     for name, _, path in (text.partition("=") for text in options.benchmarks):
         if name not in BENCHMARKS:
             raise BadInput(f"there is no benchmark {name!r}; {known}")

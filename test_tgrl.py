@@ -463,7 +463,7 @@ yes ~ no | 12.566 ~ 4\pi | 33.3 ~ 33.33 | 29.7 ~ 2\sqrt{221} | 5 ~ 6 | 5 ~ -5 | 
 3 plus y ~ 3 | 2 arcsin x ~ 2 | 2 \sin x ~ 2 | 5 or 6 ~ 5 | 5 or x ~ 5 | 3 sin x ~ 3 | 5, 6 ~ 5
 1 2 3 5 ~ 5 | the answer is 5 ~ 5 | $1$, $2$ ~ 1 | 1$2 ~ 1 | R^2-r^2 ~ 0 | \pi(R+r) ~ 2\pi r | 2x=60 ~ 60
 AB+BC=12 ~ 12 | 3 4 ~ 7 | 3 4 ~ 34 | (1) 20 cm ~ 21 | 3 1/2 ~ 2 | 10-20 ~ 20-30 | 4×6×16 ~ 4×8×12
-1:2:3 ~ 1:3:2 | 12:30 ~ 0.4 | 8,6,2 ~ 6,2,8 | 2,2 ~ 2 | M, N, Q, P ~ N, M, Q, P
+1:2:3 ~ 1:3:2 | 12:30 ~ 0.4 | 8,6,2 ~ 6,2,8 | 2,2 ~ 2 | M, N, Q, P ~ N, M, Q, P | 1≈2≈57 ~ 57 | 5 half ~ 5
 3 units left ~ 3 units right | 1=2 ~ 1=3 | 4/3 ~ 1 | 5 g ~ 5 kg | 2h ~ 2 | two ~ 3 | A, C ~ C, A
 60°, 30° ~ 30, 60 | $5$ or $6$ ~ 6 | \sqrt{221} ~ 221 | 2\pi ~ \pi | 1e999999999 ~ 1 | \frac{1}{0} ~ 1
 . ~ 5 | $ ~ 5 | ~ ~ 5 | \pi\infty ~ \infty | 1-\infty ~ -\infty | 2 - \infty^\infty ~ 5 | 1°)√\boxed 2 ~ 2
@@ -694,7 +694,7 @@ def test_the_prompt_is_picture_then_question_then_instruction(world):
 def test_bad_rows_are_named_and_good_ones_kept(world, tmp_path, monkeypatch, capsys):
     good = {"problem": "<image>Why?", "answer": "1", "images": [encoded(noise(random.Random(0), 56, 56))]}
     bad = {
-        "BadInput: no question or no answer in the columns problem, answer, images": [
+        "BadInput: it needs problem .or question. and answer; its columns are problem, answer, images": [
             good | {"answer": None},
             good | {"problem": " "},
         ],
@@ -967,7 +967,7 @@ def test_more_samples_are_other_samples(folder, tmp_path):
         (dict(experts="nowhere.jsonl"), "no --experts nowhere.jsonl; make it by `tgrl.py experts`"),
         (dict(data="other.parquet"), "answers none of these questions"),
         (dict(model="nowhere"), "cannot load --model nowhere"),
-        (dict(questions_per_update=3), "processes must divide questions_per_update"),
+        (dict(questions_per_update=3), "processes must divide --questions_per_update"),
     ],
 )
 def test_a_training_that_cannot_start_says_why(folder, tmp_path, monkeypatch, change, words):

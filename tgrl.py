@@ -42,7 +42,7 @@ What the paper leaves open, and what is done here (reasons in README.md):
     DAPO's mean over tokens            over all tokens of an update, on all processes
     std                                unbiased; eps is 1e-6, outside the root
     whether the rewards differ         judged on the policy's answers and right expert answers
-    pi_old                             a forward pass before several updates; before one, pi_theta itself
+    pi_old                             several updates: a forward pass before the first; one: pi_theta itself
 """
 
 import base64
@@ -107,7 +107,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
 def expert_weights(logp: Tensor, behavior_logp: Tensor, mask: Tensor, sharpness: float, eps=1e-6) -> Tensor:
     """w [N, T] in [0, 1]: how much the policy underestimates a token, beside the rest of its answer."""
     mask = mask.bool()
-    delta = torch.where(mask, behavior_logp - logp, 0)  # [N, T]  Eq. 18
+    delta = torch.where(mask, behavior_logp - logp, 0).clamp(-20, 20)  # [N, T]  Eq. 18
     count = mask.sum(1, keepdim=True)  # [N, 1]
     mean = delta.sum(1, keepdim=True) / count.clamp(min=1)
     deviation = torch.where(mask, delta - mean, 0)
@@ -140,7 +140,7 @@ def token_shares(mask: Tensor, algorithm: str, n_trajectories=None, n_tokens=Non
 
 def tgrl_loss(
     logp: Tensor,  # [N, T] log pi_theta, with gradient; float32; padding may hold anything
-    behavior_logp: Tensor,  # [N, T] log pi_old, or log pi_phi for expert answers
+    behavior_logp: Tensor,  # [N, T] log pi_old (logp.detach() before one update), log pi_phi for experts
     mask: Tensor,  # [N, T] True: an answer token, the end token included
     advantages: Tensor,  # [N] group_advantages(rewards).flatten()
     is_expert: Tensor,  # [N] bool
@@ -150,13 +150,13 @@ def tgrl_loss(
     sharpness: float | None,
     clip_low: float,
     clip_high: float,
-    kl_coef: float = 0.0,
+    kl_coef: float = 0.0,  # beta of Eq. 24; times all shares / own ones it weighs a mean over own answers
     ref_logp: Tensor | None = None,  # [N, T] log pi_ref
 ) -> tuple[Tensor, dict]:
     """-> (loss, metrics). Without expert answers this is GRPO (Eq. 2) or DAPO (Eq. 4) exactly. A metric is a
     pair (sum, count), and pairs add up over micro-batches and processes. A filtered expert answer, with r~ 0
     and A <= 0, adds (1 - clip_low) * A to the surrogate, without gradient; metrics leave it out."""
-    mask, advantage = mask.bool(), advantages[:, None]  # [N, T], [N, 1]
+    mask, advantage = mask.bool(), advantages.reshape(len(mask), 1)  # [N, T], [N, 1]
     own, expert = mask & ~is_expert[:, None], mask & (is_expert & expert_ok)[:, None]  # [N, T]
     coefficient = unified_coefficient(logp, behavior_logp, mask, is_expert, expert_ok, sharpness)  # Eq. 17-23
     bounded = coefficient.clamp(1 - clip_low, 1 + clip_high)
@@ -196,7 +196,7 @@ PLAIN |= {r"\^ ?\{? ?(?:\\circ|°|o) ?\}?|\\(?:circ|degree)| deg(?:rees?)?\b": "
 PLAIN |= {r"\\sqrt ?(\d+|\([^()]*\))": r"\\sqrt{\1}", r"(?<![A-Za-z\\])pi(?![A-Za-z])": r"\\pi"}
 PLAIN |= {r"(?<!\d)(\d+) (\d+) ?/ ?(\d+)": r"(\1+\2/\3)", r"(?<=[\d)}]) ?units?(?:\^[23])?$": ""}  # 3 1/2
 COUNT = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-WORD = r"(?!(?:and|over|plus|times|sin|cos|tan|log|hundred|thousand|[mb]illion)\b)[A-Za-z]{3,}\.?"  # apples
+WORD = r"(?!(?:and|over|plus|times|half|squared|sin|cos|tan|log|hundred|thousand|.illion)\b)[A-Za-z]{3,}\.?"
 WORD = rf"(?:(?<=[ /])[mgshlLNJVA]|[cmk]m|[mk]g|m[lL]|in\.?|ft|yd|mi|lb|hr|°C?|Ω|€|{WORD})"
 UNIT = rf"(.*(?:[\d)}}]|\\pi)) ?({WORD}(?:[ /]{WORD})*(?: ?\^ ?\{{?[23]\}}?)?)"
 NAME = r"(?:^|(?<=,))(?:[^\d=<>!+*/^-]|(?<=[A-Za-z_ ])\d|(?<=_\{)\d)+="  # m\widehat{AB} = 60, not 2x = 60
@@ -208,7 +208,8 @@ LATEX |= dict(normalization_config=NormalizationConfig(malformed_operators=True,
 
 # A process that can be killed: sympy can spend hours in one call of C code, as for 9^{9^{9^9}}.
 grading_process = pebble.ProcessPool(max_workers=1, context=multiprocessing.get_context("fork"))
-grader_errors = collections.Counter()  # why answers could not be graded -> how many; each command reports it
+math_verify.grader.logger.disabled = True  # it would say once that the timeout is ours
+grader_errors = collections.Counter()  # why answers were not graded -> how many
 
 
 def extract_boxed(text: str) -> str | None:
@@ -266,7 +267,7 @@ def same(prediction: str, answer: str) -> bool:  # runs in the grading process
     words = [text.replace(" ", "").lower() for text in (one, two)]
     if min(map(len, words)) > 1 and any(map(str.isalpha, words)):  # AB is not the product BA
         return words[0] == words[1]
-    if "≈" in one + two:
+    if "≈" in one + two and one.count("≈") < 2:  # not 1 ≈ 2 ≈ 3
         return any(itertools.starmap(same, itertools.product(one.split("≈"), two.split("≈"))))
     if ("=" in one) != ("=" in two) or one[0].lower() == two[0].lower():  # V = 5 for 5, for Volume = 5
         one, two = re.sub(NAME, "", one), re.sub(NAME, "", two)
@@ -280,8 +281,8 @@ def is_equivalent(prediction: str, answer: str) -> bool:  # do the two mean the 
         return prediction.strip() == answer.strip() != ""
     try:
         return grading_process.schedule(same, (prediction, answer), timeout=2).result()
-    except Exception as error:
-        grader_errors[type(error).__name__] += 1
+    except (TimeoutError, pebble.ProcessExpired, RecursionError, MemoryError, ValueError, TypeError) as error:
+        grader_errors[type(error).__name__] += 1  # any other error is the pool's, not the answer's
         return False
 
 
@@ -297,7 +298,6 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as a 
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said when one process saves
-math_verify.grader.logger.disabled = True  # it would say once that the timeout is ours
 PLACEHOLDER = "<image>"
 THINK = "Think step by step between <think> and </think>, then give the answer alone inside \\boxed{}."
 
@@ -393,7 +393,7 @@ def read_problem(row: dict, source: str = "") -> Problem:
     if len(images) == 1 and PLACEHOLDER not in question:
         question = PLACEHOLDER + question  # some 2 % of ViRL39K lost theirs
     if not answer or not question.replace(PLACEHOLDER, ""):
-        raise BadInput(f"no question or no answer in the columns {columns}")
+        raise BadInput(f"it needs problem (or question) and answer; its columns are {columns}")
     if not question.count(PLACEHOLDER) == len(images) > 0:
         raise BadInput(f"{question.count(PLACEHOLDER)} times {PLACEHOLDER} for {len(images)} pictures")
     content = hashlib.sha256(repr((question, answer)).encode() + b"".join(images))
@@ -452,7 +452,7 @@ def load_problems(source: str, split: str, encoder: Encoder) -> list[Problem]:
 def load_model(name: str, dtype: torch.dtype = torch.float32, **options):
     """A Qwen2.5-VL and its processor, from a hub id or a folder: safetensors only, no remote code."""
     try:
-        options |= dict(dtype=dtype, use_safetensors=True)
+        options |= dict(dtype=dtype, use_safetensors=True, attn_implementation="sdpa")
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, **options)
         return model, AutoProcessor.from_pretrained(name)
     except Exception as error:
@@ -623,7 +623,7 @@ class Policy(nn.Module):  # a Qwen2.5-VL, be it student, expert or reference, as
         hidden = self.model.model.language_model(
             inputs_embeds=embed(self.model, batch.ids, [batch.vision]),
             position_ids=batch.positions.movedim(-1, 0),
-            attention_mask=((key == 0) | (key == query)).tril()[:, None],  # [R, 1, L, L] see the drawing
+            attention_mask=((key == 0) | (key == query)).tril()[:, None],  # [R, 1, L, L] as drawn; for sdpa
             use_cache=False,
         ).last_hidden_state  # [R, L, D]
         hidden = hidden[(batch.segments > 0).to(hidden.device)]  # [tokens, D], in the order of target[mask]
@@ -848,9 +848,9 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         update = options.questions_per_update
         if update % self.world or options.questions_per_rollout % update:
-            raise BadInput("processes must divide questions_per_update, and that questions_per_rollout")
-        model, processor = load_model(options.model, dtype)
-        self.actor = model.to(self.accelerator.device)  # samples; whole, in the dtype of computation
+            raise BadInput(f"{self.world} processes must divide --questions_per_update, and it the rollout's")
+        self.actor, processor = load_model(options.model, dtype)
+        self.actor.to(self.accelerator.device)  # samples; whole, in the dtype of computation
         self.encoder = Encoder(processor, self.actor, options)
         self.problems = load_problems(options.data, options.split, self.encoder)
         val = options.val_data, options.val_split, self.encoder
@@ -871,10 +871,10 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         self.step = self.drawn = 0  # steps done; questions drawn by all processes
         if (checkpoints := sorted(self.out.glob("checkpoints/??????"))) and options.resume:
             dcp.load({"run": self}, checkpoint_id=checkpoints[-1], no_dist=self.world == 1)
-        header = dict(method=options.method, config=dataclasses.asdict(options), torch=torch.__version__)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.write("metrics.jsonl", header)  # a resumed run repeats steps; the later record counts
-        say(f"{options.method}, {self.world} x {self.actor.device}, {options.generate_batch} answers at once")
+        self.write("metrics.jsonl", dict(method=options.method, config=dataclasses.asdict(options)))
+        place = f"{self.world} x {self.actor.device}, {options.generate_batch} answers at once"
+        say(f"{options.method} from step {self.step}, {place}")
 
     def write(self, name: str, record: dict):
         if self.rank == 0:
@@ -1192,8 +1192,8 @@ def main():
     try:
         options = tyro.cli(Toy | Experts | Train, default=Toy(), description=__doc__, use_underscores=True)
         {Toy: toy, Experts: make_experts, Train: train}[type(options)](options)
-    except (BadInput, OSError) as error:
-        raise SystemExit(f"tgrl.py: {error}") from None
+    except (BadInput, OSError, KeyboardInterrupt) as error:
+        raise SystemExit(f"tgrl.py: {str(error) or 'stopped'}") from None
 
 
 if __name__ == "__main__":
