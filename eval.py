@@ -85,7 +85,7 @@ def choice(said: str, item: dict) -> bool:
     if label := re.match(rf"([{letters}])[ ,=-]+\(?(.*?)\)?$", words):  # "B 35", but not "a line"
         return label[1].upper() == item["answer"] and right != "" and is_equivalent(label[2], right)
     fits = is_equivalent(said, options.get(item["answer"], ""))  # first, as each may take two seconds
-    return fits and {texts[key] for key, text in options.items() if is_equivalent(said, text)} == {right}
+    return fits and not any(is_equivalent(said, options[key]) for key in options if texts[key] != right)
 
 
 def yes_or_no(said: str, item: dict) -> bool:
@@ -127,7 +127,7 @@ def rounded(said: str, item: dict) -> bool:
     if is_equivalent(said, item["answer"]):
         return True
     value, wanted, places = number(said), number(item["answer"]), item["precision"]
-    wanted = exact(item["answer"]) if wanted is None else wanted
+    wanted = exact(item["answer"]) if value is not None and wanted is None else wanted
     if value is None or wanted is None:
         return False
     if not places:  # MathVista's integers are cut off, but no fraction is
