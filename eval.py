@@ -790,10 +790,10 @@ def main():
             compare(options.a, options.b, options.flips)
         else:
             show(options.runs)
-    except (BadInput, OSError) as error:
-        sys.exit(f"eval.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("eval.py: stopped; `run` continues where it was")
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # as in tgrl.py
+    except (BadInput, OSError, KeyboardInterrupt) as error:
+        sys.exit(f"eval.py: {str(error) or 'stopped; `run` continues where it was'}")
 
 
 if __name__ == "__main__":

@@ -293,11 +293,6 @@ def test_a_small_kl_is_not_lost_in_rounding(spread):
     assert float(value / count) == pytest.approx(float((gap.expm1() - gap).mean()), rel=1e-3)
 
 
-def test_no_float64_appears_where_a_device_may_lack_it():
-    loss, metrics = loss_of(random_groups(14, **FLOAT32), "grpo", kl_coef=0.1)
-    assert torch.float64 not in {x.dtype for x in (loss, *sum(metrics.values(), ()))}
-
-
 MISUSED = {
     "a group of 1 has nothing to compare": lambda b: group_advantages(b.rewards[:, :1]),
     "algorithm is 'ppo'; it can be": lambda b: token_shares(b.mask, "ppo"),
@@ -521,9 +516,8 @@ def test_a_grading_process_that_dies_or_fails_is_counted_and_replaced(monkeypatc
 
 def test_the_grading_process_ends_with_ours():
     code = "import os, tgrl; print(tgrl.is_equivalent('x+1', '1+x'), flush=True); os.kill(os.getpid(), 9)"
-    folder = Path(tgrl.__file__).parent
     # the grading process holds the pipes that we read, so this returns when both have ended
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=folder, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=HERE, timeout=120)
     assert done.returncode == -9 and done.stdout == b"True\n"
 
 
@@ -678,15 +672,11 @@ def test_answers_of_virl39k_lose_their_box_and_a_lost_placeholder_comes_back():
     assert problem.answer == "4" and problem.question == "<image>2 + 2?"
 
 
-def test_several_pictures_get_their_tokens_in_order(world):
-    problem = make_problem(sizes=((56, 56), (112, 56)))
-    prompt = world.encoder(problem)
+def test_the_prompt_is_pictures_in_order_then_question_then_instruction(world):
+    prompt = world.encoder(make_problem(sizes=((56, 56), (112, 56)), question="How many?"))
     assert prompt.grid.prod(1).tolist() == [16, 32]
-    assert (prompt.ids == world.model.config.image_token_id).sum() == (16 + 32) // 4
-
-
-def test_the_prompt_is_picture_then_question_then_instruction(world):
-    text = world.processor.decode(world.encoder(make_problem(question="How many?")).ids)
+    text = world.processor.decode(prompt.ids)
+    assert text.count("<|image_pad|>") == (16 + 32) // 4
     parts = ["user", "<|image_pad|>", "How many?", world.options.instruction, "assistant"]
     assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
 
@@ -978,10 +968,7 @@ def test_a_training_that_cannot_start_says_why(folder, tmp_path, monkeypatch, ch
     assert not (tmp_path / "out").exists()
 
 
-NO_ANSWERS = [{"text": "no answer"}, {"question": "0", "ids": [1], "behavior_logp": []}]
-
-
-@pytest.mark.parametrize("record", NO_ANSWERS)
+@pytest.mark.parametrize("record", [{"text": "no"}, {"question": "0", "ids": [1], "behavior_logp": []}])
 def test_a_file_that_is_no_cache_is_refused_and_left_alone(folder, tmp_path, record):
     path = tmp_path / "experts.jsonl"
     tgrl.append_records(path, [record])
@@ -1255,18 +1242,18 @@ def until(event, seconds=240):
         time.sleep(0.02)
 
 
-def torchrun(processes, job, options, result="", wait=True, fails=False, nodes="--standalone"):
+def torchrun(processes, job, options, result="", wait=True, nodes="--standalone"):
     command = [sys.executable, "-m", "torch.distributed.run", *nodes.split()]
     command += ["--nproc-per-node", str(processes), __file__, job, json.dumps(options), str(result)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
-    return finish(process, fails) if wait else process
+    return finish(process) if wait else process
 
 
-def finish(process, fails=False):
+def finish(process):
     said, _ = process.communicate(timeout=400)
-    assert (process.returncode != 0) == fails, said
+    assert process.returncode == 0, said
     return said
 
 
@@ -1355,6 +1342,18 @@ def test_unequal_processes_do_not_hang(folder, tmp_path):
     options = folder.train | dict(out=str(tmp_path), questions_per_update=4, n_off=0, n_on=4)
     torchrun(2, "uneven", options)
     assert all(0 < record["contrast"] < 1 for record in list(records_of(tmp_path)[1].values())[:-1])
+
+
+@pytest.mark.parametrize("module, words, job", [(tgrl, "train", "train"), (evaluation, "run M B", "run")])
+def test_the_processes_part_before_python_ends(monkeypatch, module, words, job):
+    """Threads of gloo that outlive Python now and then abort it, after all is done."""
+    parted = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: parted.append(True))
+    monkeypatch.setattr(module, job, lambda options: None)
+    monkeypatch.setattr(sys, "argv", ["", *words.split()])
+    module.main()
+    assert parted
 
 
 def without_clock(out):
@@ -1798,3 +1797,4 @@ def test_the_readme_names_functions_that_hold_the_equations_and_options_that_exi
 
 if __name__ == "__main__":
     worker(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])
+    torch.distributed.destroy_process_group()

@@ -208,15 +208,14 @@ LATEX |= dict(normalization_config=NormalizationConfig(malformed_operators=True,
 
 # A process that can be killed: sympy can spend hours in one call of C code, as for 9^{9^{9^9}}.
 grading_process = pebble.ProcessPool(max_workers=1, context=multiprocessing.get_context("fork"))
-math_verify.grader.logger.disabled = True  # it would say once that the timeout is ours
 grader_errors = collections.Counter()  # why answers were not graded -> how many
 
 
 def extract_boxed(text: str) -> str | None:
     """The content of the last \\boxed{...}, up to the brace that closes it, or None."""
-    _, box, rest = re.sub(r"\\boxed\s+\{", r"\\boxed{", text).rpartition(r"\boxed{")
+    *before, rest = re.split(r"\\boxed\s*\{", text)
     depth = 1
-    for sign in re.finditer(r"\\.|[{}]", rest if box else "", re.DOTALL):  # \{ is no brace
+    for sign in re.finditer(r"\\.|[{}]", rest if before else "", re.DOTALL):  # \{ is no brace
         depth += (sign[0] == "{") - (sign[0] == "}")
         if depth == 0:
             return rest[: sign.start()].strip()
@@ -257,8 +256,7 @@ def same_formula(*texts: str) -> bool:
 def same(prediction: str, answer: str) -> bool:  # runs in the grading process
     (one, unit), (two, other) = value_and_unit(prediction), value_and_unit(answer)
     if re.fullmatch(r"(?i)\(?[A-H]\)?", two):  # "B", "(B)", or "B. 60" for B, but not "A. B"
-        option = re.fullmatch(r"(?i)\(?([A-H])(?:\)[.:]?|[.:]|$) ?(?![A-H(),.: ]+$).*", one)
-        return option is not None and option[1].lower() in two.lower()
+        return bool(re.fullmatch(rf"(?i)\(?{two.strip('()')}(?:\)[.:]?|[.:]|$) ?(?![A-H(),.: ]+$).*", one))
     one = re.sub(r"(?i)^\(?[A-H](?:\)[.:]?|[.:]) (?=.)", "", one)  # "B. 60", where 60 is asked
     short, long = sorted((unit, other), key=len)  # cm is short for centimeter
     fit = short in ("", long) or (len(short) < 4 <= len(long) and re.fullmatch(".*".join([*short, ""]), long))
@@ -297,6 +295,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else the tokenizer w
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as a cache grows in ever new sizes
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
+math_verify.grader.logger.disabled = True  # it would say once that the timeout is ours
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said when one process saves
 PLACEHOLDER = "<image>"
 THINK = "Think step by step between <think> and </think>, then give the answer alone inside \\boxed{}."
@@ -1192,6 +1191,7 @@ def main():
     try:
         options = tyro.cli(Toy | Experts | Train, default=Toy(), description=__doc__, use_underscores=True)
         {Toy: toy, Experts: make_experts, Train: train}[type(options)](options)
+        torch.distributed.destroy_process_group()  # else threads of gloo may outlive Python, and abort it
     except (BadInput, OSError, KeyboardInterrupt) as error:
         raise SystemExit(f"tgrl.py: {str(error) or 'stopped'}") from None
 
