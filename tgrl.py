@@ -16,13 +16,13 @@ stronger model, the expert. The method, which is also the order of `train` at th
             R = 1 if the boxed answer is right, else 0                             Eq. 3
             A = (R - mean R) / std R, over the whole group                         Eq. 15, 16
             m = 1 for a right expert answer, 0 for a wrong one                     Eq. 22
-            choose the group; DAPO: if the rewards that m leaves differ; others fill up at the end
-        if there are several updates: compute log pi_old of the chosen answers, before the first
+            choose the group; DAPO: if its rewards, those with m = 0 aside, differ; others fill up at the end
+        before several updates: compute log pi_old of the chosen answers
         for each update, on its share of the chosen groups:
             compute log pi_theta of every answer token, with gradient
             ratio = pi_theta / pi_old; for expert tokens rho = pi_theta / pi_phi   Eq. 17
-            Delta = log pi_phi - log pi_theta, standardized within its answer      Eq. 18, 19
-            w = sigmoid(beta * Delta), without gradient                            Eq. 20
+            Delta = log pi_phi - log pi_theta; Delta~: standardized in its answer  Eq. 18, 19
+            w = sigmoid(beta * Delta~), without gradient                           Eq. 20
             r~ = ratio; for expert tokens m * w * rho                              Eq. 21, 23
             J = mean of min(r~ A, clip(r~) A), in GRPO minus a KL                  Eq. 24, 25
             take a step of AdamW
@@ -128,7 +128,7 @@ def unified_coefficient(logp, behavior_logp, mask, is_expert, expert_ok, sharpne
 
 
 def token_shares(mask: Tensor, algorithm: str, n_trajectories=None, n_tokens=None) -> Tensor:
-    """[N, T]: a token's share of the objective. The numbers are the whole update's; default: this batch's."""
+    """[N, T]: a token's share of the objective. n_*: of the whole update; default: of this batch."""
     mask = mask * 1.0
     if algorithm == "grpo":  # a mean over answers of their means over tokens
         length = mask.sum(1, keepdim=True).clamp(min=1)
@@ -140,7 +140,7 @@ def token_shares(mask: Tensor, algorithm: str, n_trajectories=None, n_tokens=Non
 
 def tgrl_loss(
     logp: Tensor,  # [N, T] log pi_theta, with gradient; float32; padding may hold anything
-    behavior_logp: Tensor,  # [N, T] log pi_old (logp.detach() before one update), log pi_phi for experts
+    behavior_logp: Tensor,  # [N, T] log pi_old (for a single update logp.detach()); log pi_phi for experts
     mask: Tensor,  # [N, T] True: an answer token, the end token included
     advantages: Tensor,  # [N] group_advantages(rewards).flatten()
     is_expert: Tensor,  # [N] bool
@@ -150,7 +150,7 @@ def tgrl_loss(
     sharpness: float | None,
     clip_low: float,
     clip_high: float,
-    kl_coef: float = 0.0,  # beta of Eq. 24; times all shares / own ones it weighs a mean over own answers
+    kl_coef: float = 0.0,  # beta of Eq. 24; `train` multiplies it by all answers, or tokens, / own ones
     ref_logp: Tensor | None = None,  # [N, T] log pi_ref
 ) -> tuple[Tensor, dict]:
     """-> (loss, metrics). Without expert answers this is GRPO (Eq. 2) or DAPO (Eq. 4) exactly. A metric is a
@@ -168,7 +168,7 @@ def tgrl_loss(
         return torch.where(where, value.detach(), 0).sum(), where.sum()
 
     metrics = {
-        "objective": (total(shares * surrogate, own | expert)[0], shares.sum()),
+        "objective": (total(shares * surrogate, own | expert)[0], shares.sum()),  # an update's sum to 1
         "entropy": total(-logp, own),  # estimated from the tokens that were sampled
         "ratio": total(coefficient, own),
         "clipped": total(clipped, own),
@@ -188,8 +188,8 @@ def tgrl_loss(
 # ===== 2. Reward: is the boxed answer right?   Eq. 3 ==================================================
 
 UNICODE = {"²": "^2", "³": "^3", "√": r"\sqrt ", "∞": r"\infty ", "π": r"\pi ", "×": r"\times "}
-UNICODE |= {"−": "-", "–": "-", "º": "°", "˚": "°", "∠": "", "%": "", "厘": "c", "米": "m"}
-NOTHING = r"\\(?:angle|left|right)(?![a-z])|\\(?=%|$)|^(?:[=≈€]|about )+|[=≈]+$|\.$"  # means nothing
+UNICODE |= {"−": "-", "–": "-", "º": "°", "˚": "°", "∠": "", "%": " ", "厘": "c", "米": "m"}
+NOTHING = r"\\(?:angle|left|right)(?![a-z])|\\$|^(?:[=≈€]|about )+|[=≈]+$|\.$"  # means nothing
 NOTHING += r"|(?<=\d)(?:\{,\}|,| )(?=\d{3}(?:\D|$))"  # in 10,000
 PLAIN = {NOTHING: "", r" (?:square|sq\.?) ([a-z]+)": r" \1^2", r" cubic ([a-z]+)": r" \1^3"}
 PLAIN |= {r"\^ ?\{? ?(?:\\circ|°|o) ?\}?|\\(?:circ|degree)| deg(?:rees?)?\b": "°", r"\\approx": "≈"}
@@ -229,7 +229,7 @@ def without_latex(text: str) -> str:  # without formula signs, text commands and
 
 
 def value_and_unit(text: str) -> tuple[str, str]:  # the unit, or the words, behind a number
-    text = without_latex(text.translate(str.maketrans(UNICODE)))
+    text = without_latex(text.replace(r"\%", "%").translate(str.maketrans(UNICODE)))
     for written, compared in PLAIN.items():
         text = re.sub(written, compared, text, flags=re.IGNORECASE).strip()
     text = str(COUNT.index(text.lower())) if text.lower() in COUNT else text
@@ -346,8 +346,8 @@ class Trajectory:  # one answer; as its fields are plain, it is also a record of
     is_expert: bool = False
     expert_ok: bool = True  # the filter m: false for a wrong expert answer
     advantage: float = 0.0
-    logp: list[float] | None = None  # [T] under the policy as it was trained on, for groups.jsonl
-    behavior_logp: list[float] | None = None  # [T] under who wrote it: pi_phi, or pi_old (None: as logp)
+    logp: list[float] | None = None  # [T] under the policy, for groups.jsonl and `rectify`
+    behavior_logp: list[float] | None = None  # [T] under who wrote it: pi_phi or pi_old; None: like logp
 
 
 @dataclasses.dataclass
@@ -355,7 +355,7 @@ class Group:
     problem: Problem
     prompt: Prompt
     trajectories: list[Trajectory]
-    has_contrast: bool = False  # do the rewards differ of answers with expert_ok?
+    has_contrast: bool = False  # do the rewards of answers with expert_ok differ?
 
 
 def say(text: str):  # once, however many processes run, and above a progress bar
@@ -404,8 +404,8 @@ class Encoder:  # question -> prompt, the same way for rollouts, experts, traini
     def __init__(self, processor, model, options: Options):
         self.processor, self.tokenizer, self.options = processor, processor.tokenizer, options
         self.rope_index, self.generation_config = model.model.get_rope_index, model.generation_config
-        ends = model.generation_config.eos_token_id  # Qwen's has two; one, <|endoftext|>, is also the padding
-        self.ends = sorted({self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [])})
+        ends = model.generation_config.eos_token_id or []  # Qwen's: two; one is also the padding
+        self.ends = sorted({self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])})
         # What no answer may hold: vision tokens, which would crash the next forward, and embeddings that have
         # no token, whose number differs from 3B to 32B. They are left out of every softmax.
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -564,7 +564,7 @@ def rollout(actor, encoder: Encoder, problems: list[Problem], n: int, temperatur
 #       question    causal       .         .         its own answer. Log-probs and gradients are those of G
 #       answer 1    all        causal      .         rows, for P + G*T tokens instead of G*(P + T).
 #       answer 2    all          .       causal
-#   Attention goes over (P + G*T)^2, a loss where answers are long. A token costs c1 + c2 * L FLOPs; they are
+#   Attention goes over (P + G*T)^2, a waste where answers are long. A token costs c1 + c2 * L FLOPs; they are
 #   fewest with P * sqrt(c1 / (c2 * P) + 1) answer tokens a row. So a long group gets several such rows.
 
 
@@ -595,7 +595,7 @@ def pack(groups: list[Group], device: torch.device | str = "cpu", c1_by_c2: floa
         vision=vision_inputs([prompt for prompt, _ in rows]),
         target=pad(t.ids for t in answers),  # [N, T]
         mask=pad([True] * len(t.ids) for t in answers),  # [N, T] True: an answer token, the end token too
-        behavior_logp=pad(t.behavior_logp or [math.nan] * len(t.ids) for t in answers),  # [N, T] nan: as logp
+        behavior_logp=pad(t.behavior_logp or [math.nan] * len(t.ids) for t in answers),  # [N, T] nan: logp
         advantages=torch.tensor([t.advantage for t in answers]),  # [N]
         is_expert=torch.tensor([t.is_expert for t in answers]),
         expert_ok=torch.tensor([t.expert_ok for t in answers]),
@@ -608,7 +608,7 @@ class Policy(nn.Module):  # a Qwen2.5-VL, be it student, expert or reference, as
         super().__init__()
         self.model, self.unwritable = model, unwritable
         layer, width = model.model.language_model.layers[0], model.config.text_config.hidden_size
-        self.c1_by_c2 = sum(p.numel() for p in layer.parameters()) / (2 * width)  # 2 * weights by 4 * width
+        self.c1_by_c2 = sum(p.numel() for p in layer.parameters()) / (2 * width)  # 2 * weights / (4 * width)
 
     def token_logp(self, hidden: Tensor, target: Tensor) -> Tensor:
         """hidden [tokens, D], target [tokens] -> log-probs [tokens], in float32."""
@@ -642,8 +642,8 @@ def score(policy: Policy, groups: list[Group], micro_batch: int) -> Iterator[tup
 
 
 # ===== 6. Experts: answers of a stronger model, cached with their log-probs under that model ==========
-# The cache is JSONL, an answer a line. The id of its question is a hash of the prompt's tokens, too: so an
-# answer is only taken where the student is asked by the same tokens. Without a cached answer none is added.
+# The cache is JSONL, an answer a line. The id of its question hashes pictures, right answer and the prompt's
+# tokens: so an answer is only taken where the student is asked by the same. Without one, none is added.
 
 
 def append_records(path: Path, records: list[dict]):
@@ -715,7 +715,7 @@ def make_experts(options: Experts):
         groups = rollout(model, encoder, part, options.samples)
         for t, logp in score(policy, groups, options.micro_batch):
             t.source, t.is_expert, t.behavior_logp = options.model, True, logp
-        for group in groups:  # of a question with some answers already it keeps what was missing
+        for group in groups:  # of a question with k answers already: all but the first k
             new = group.trajectories[len(experts[group.problem.id]) :]
             append_records(path, [{"question": group.problem.id, **vars(t)} for t in new])
     errors = sum(gather_object([grader_errors]), collections.Counter())
@@ -751,7 +751,7 @@ def look_again(problem: Problem, begun: list[int], encoder: Encoder) -> Prompt: 
 
 
 def rectify(actor, encoder: Encoder, groups: list[Group]) -> dict[str, list[Trajectory]]:
-    """By id of a question with a wrong answer: [what the policy makes of it, if that is right]."""
+    """By id of a question with a wrong answer: [its first right continuation, if there is one]."""
     judge, wrong, made = Policy(actor, encoder.unwritable), [], {}
     for group in groups:
         if failed := [t for t in group.trajectories if t.reward == 0]:
@@ -895,7 +895,7 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
             target.copy_(source.full_tensor())
 
     def save(self):
-        """The model; and a checkpoint, written beside and renamed: a kill leaves the one before it."""
+        """A checkpoint, written beside and renamed: a kill leaves the one before it; and the model."""
         folder = self.out / "checkpoints" / f"{self.step:06}"
         if folder.exists():  # the one from which this run was resumed
             return
@@ -922,13 +922,13 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
 
     def draw(self, n: int) -> list[Problem]:
         """n questions for each process, from one list that is shuffled anew for each epoch."""
-        first, drawn = self.drawn + self.rank * n, []
+        first, mine = self.drawn + self.rank * n, []
         self.drawn += self.world * n
         for i in range(first, first + n):
             epoch, place = divmod(i, len(self.problems))
             order = torch.Generator().manual_seed(hash((self.options.seed, epoch)))
-            drawn.append(self.problems[torch.randperm(len(self.problems), generator=order)[place]])
-        return drawn
+            mine.append(self.problems[torch.randperm(len(self.problems), generator=order)[place]])
+        return mine
 
     def add_experts(self, groups: list[Group]) -> dict:
         """Up to n_off of a question's cached answers, at random; or one of its own making; -> metrics."""
@@ -998,9 +998,9 @@ def train(options: Train) -> dict:
         metrics = [run.between_steps()]
         torch.manual_seed(hash((options.seed, run.step, run.rank)))  # so that a resumed run samples the same
 
-        chosen, flat, drawn, n = [], [], 0, quota  # groups with contrast, without; so far drawn; to draw next
+        chosen, flat, tried, n = [], [], 0, quota  # groups with contrast, without; so far tried; to try next
         for _ in range(options.max_draws):
-            drawn += n
+            tried += n
             groups = rollout(run.actor, run.encoder, run.draw(n), options.n_on)  # Eq. 3, 13
             metrics.append(run.add_experts(groups))  # Eq. 14
             for group in groups:
@@ -1010,7 +1010,7 @@ def train(options: Train) -> dict:
             del flat[quota:]  # their pictures take memory
             found = gather_object([len(chosen)])  # so all processes decide alike
             # what the neediest process lacks, divided by the share of groups with contrast so far
-            n = min(quota, math.ceil((quota - min(found)) * drawn * run.world / max(1, sum(found))))
+            n = min(quota, math.ceil((quota - min(found)) * tried * run.world / max(1, sum(found))))
             if n <= 0:
                 break
         # Groups without contrast fill up what is missing; GRPO, which draws once, takes all.
@@ -1022,7 +1022,7 @@ def train(options: Train) -> dict:
             groups = chosen[i::n_updates]  # a stride, so that each update gets some of both kinds
             mine = [(len(t.ids), t.is_expert) for t in answers_of(groups)]
             lengths, is_expert = zip(*gather_object(mine), strict=True)  # of the answers on all processes
-            counts = torch.tensor(lengths) ** int(options.token_mean)  # what is averaged: tokens, or answers
+            counts = torch.tensor(lengths if options.token_mean else [1] * len(lengths))  # what is averaged
             own = counts[~torch.tensor(is_expert)].sum()
             kl_coef = options.kl_coef * float(counts.sum() / own)  # so the KL is a mean over the policy's own
             for part in batches(groups, options.micro_batch):

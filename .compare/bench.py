@@ -1,4 +1,4 @@
-"""What a step of tgrl.py costs here: rollout, scoring, update; and the update with a row for each answer.
+"""What a step of tgrl.py costs here: rollout, scoring, update; and the update with groups laid out otherwise.
 
     python .compare/bench.py                                      a small model, on a CPU or one GPU
     python .compare/bench.py --model 3B --tokens 512              the shape of the 3B model; no download
@@ -10,6 +10,7 @@ FLOPs: 2 for each weight and token forward, 6 with the backward pass; no attenti
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -26,11 +27,10 @@ from PIL import Image
 
 import tgrl
 
-TINY = {"toy": (128, 3, 2), "small": (256, 6, 6)}  # hidden size, layers, layers of the vision tower
+TINY = {"toy": (128, 3, 2), "small": (256, 10, 1)}  # hidden size, layers, of vision; small: as in 3B
 # hidden size, layers, intermediate size, vocabulary, heads, heads of keys: of the published models
 REAL = {"3B": (2048, 36, 11008, 151936, 16, 2), "7B": (3584, 28, 18944, 152064, 28, 4)}
 TEXT = "hidden_size num_hidden_layers intermediate_size vocab_size num_attention_heads num_key_value_heads"
-VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, fullatt_block_indexes=[7, 15, 23, 31])
 PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}  # bfloat16
 
 
@@ -41,11 +41,11 @@ def build(name: str, dtype: torch.dtype):
         return tgrl.tiny_model(processor.tokenizer, *TINY[name]).to(dtype), processor
     text = dict(zip(TEXT.split(), REAL[name], strict=True))
     text["rope_parameters"] = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
-    vision = VISION | dict(num_heads=16, out_hidden_size=text["hidden_size"])
-    ids = dict(vision_start_token_id=3, vision_end_token_id=4, image_token_id=5, video_token_id=6)
-    parts = dict(text_config=text, vision_config=vision, tie_word_embeddings=name == "3B")
-    config = transformers.Qwen2_5_VLConfig(**parts, **ids)
+    vision = dict(hidden_size=1280, out_hidden_size=REAL[name][0])  # the rest: transformers' defaults
+    how = dict(vision_start_token_id=3, vision_end_token_id=4, image_token_id=5, video_token_id=6)
+    how |= dict(text_config=text, vision_config=vision, tie_word_embeddings=name == "3B")
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        config = transformers.Qwen2_5_VLConfig(**how)
         model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.generation_config = transformers.GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)
     return model, processor
@@ -68,15 +68,14 @@ def start(options, folder: str) -> tgrl.Run:
     return run
 
 
-def update(run: tgrl.Run, groups: list, size: int):
+def update(run: tgrl.Run, groups: list, size: int, c1_by_c2: float):
     """As in tgrl.train, without experts."""
-    answers, clip = tgrl.answers_of(groups), dict(clip_low=0.2, clip_high=0.28)
-    totals = len(answers), sum(len(t.ids) for t in answers)
+    clip, n_tokens = dict(clip_low=0.2, clip_high=0.28), sum(len(t.ids) for t in tgrl.answers_of(groups))
     for part in tgrl.batches(groups, size):
-        batch = tgrl.pack(part, run.actor.device)
+        batch = tgrl.pack(part, run.actor.device, c1_by_c2)
         logp = run.policy.train()(batch)
         what = batch.mask, batch.advantages, batch.is_expert, batch.expert_ok
-        shares = tgrl.token_shares(batch.mask, "dapo", *totals)
+        shares = tgrl.token_shares(batch.mask, "dapo", n_tokens=n_tokens)
         tgrl.tgrl_loss(logp, logp.detach(), *what, shares, sharpness=None, **clip)[0].backward()
     torch.nn.utils.clip_grad_norm_(run.policy.parameters(), 1.0)
     run.optimizer.step()
@@ -113,23 +112,24 @@ def bench(run: tgrl.Run, questions: int, n: int, tokens: int, size: int, repeats
     jobs = {
         "rollout": (lambda: tgrl.sample(run.actor, run.encoder, [prompt] * questions, n), 2, questions),
         "scoring": (lambda: list(tgrl.score(run.policy, together, size)), 2, questions),
-        "update": (lambda: update(run, together, size), 6, questions),
-        "separate rows": (lambda: update(run, apart, size * n), 6, questions * n),
+        "update": (lambda: update(run, together, size, run.policy.c1_by_c2), 6, questions),
+        "in one row": (lambda: update(run, together, size, math.inf), 6, questions),
+        "separate rows": (lambda: update(run, apart, size * n, math.inf), 6, questions * n),
     }
     measured = {name: [] for name in jobs}
     for _ in range(repeats + 1):
         for name, (job, *_) in jobs.items():
             measured[name].append(measure(job))
     kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    tgrl.say(f"on {run.world} x {kind}, {torch.get_num_threads()} threads; medians of {repeats}")
-    tgrl.say(f"{questions} questions of {len(prompt.ids)} tokens on each, {n} answers of {tokens} to each")
-    tgrl.say("                  seconds  answer tokens/s   TFLOP/s   of peak   peak GiB")
+    tgrl.say(f"on {run.world} x {kind}, {torch.get_num_threads()} threads; medians of {repeats}; on each")
+    tgrl.say(f"{questions} questions of {len(prompt.ids)} tokens, {n} answers of {tokens} to each")
+    tgrl.say(f"{'':18}seconds  answer tokens/s   TFLOP/s   of peak   peak GiB")
     for name, (_, *work) in jobs.items():
         seconds = statistics.median(s for s, _ in measured[name][1:])  # the first warms up
         rate, held = flops(*work) / seconds, max(gib for _, gib in measured[name])
         share, held = f"{rate / PEAK[kind]:.1%}" if kind in PEAK else "–", f"{held:.1f}" if held else "–"
-        speed = f"{questions * n * tokens / seconds:15.0f}"
-        tgrl.say(f"{name:15} {seconds:9.3f}  {speed}  {rate / 1e12:8.3g} {share:>9} {held:>10}")
+        speed = questions * n * tokens / seconds
+        tgrl.say(f"{name:15} {seconds:9.3f}  {speed:15.0f}  {rate / 1e12:8.3g} {share:>9} {held:>10}")
 
 
 def main():

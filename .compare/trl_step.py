@@ -1,8 +1,8 @@
 """A whole step, rollout and update, of tgrl.py beside TRL's GRPOTrainer: same model, questions, and lengths.
 
     pip install trl
-    python .compare/trl_step.py                                      pictures of 448 pixels, 4 questions
-    python .compare/trl_step.py --layers 10 --vision_layers 1        a larger share for the text
+    python .compare/trl_step.py                        4 questions with a picture, in the proportions of 3B
+    python .compare/trl_step.py --layers 6 --vision_layers 6         a larger share for pictures
     python .compare/trl_step.py --questions 24 --pixels 56 --tokens 48 --hidden 128 --layers 3 \\
                                 --vision_layers 2                    the size of the toy
 
@@ -35,7 +35,7 @@ from transformers import TrainerCallback
 import tgrl
 
 QUESTION, INSTRUCTION = "What is the area?", "Think first."
-SHAPE = dict(questions=4, answers=8, tokens=64, pixels=448, hidden=256, layers=6, vision_layers=6)
+SHAPE = dict(questions=4, answers=8, tokens=64, pixels=448, hidden=256, layers=10, vision_layers=1)
 
 
 class Clock(TrainerCallback):
