@@ -151,10 +151,10 @@ def test_every_metric_agrees_with_plain_loops(case, sharpness, algorithm):
         assert float(count) == close(1 if name == "objective" else len(counted)), name
 
 
-BY_HAND = [([1, 0], [0.5, -0.5], 0.5**0.5), ([1, 0, 0, 0], [0.75] + [-0.25] * 3, 0.5), ([1] * 3, [0] * 3, 1)]
+HAND = [([1, 0], [0.5, -0.5], 0.5**0.5), ([1, 0, 0, 0], [0.75] + [-0.25] * 3, 0.5), ([0.1] * 3, [0] * 3, 1)]
 
 
-@pytest.mark.parametrize("rewards, deviations, std", BY_HAND)  # std over n - 1; of equal rewards, whatever
+@pytest.mark.parametrize("rewards, deviations, std", HAND)  # std over n - 1; of equal rewards, whatever
 def test_advantages_by_hand(rewards, deviations, std):
     got = group_advantages(torch.tensor([rewards, rewards[::-1]], dtype=torch.float64))
     assert got[0].tolist() == got[1].flip(0).tolist() == close([d / (std + 1e-6) for d in deviations])
@@ -968,7 +968,7 @@ def test_a_training_that_cannot_start_says_why(folder, tmp_path, monkeypatch, ch
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("record", [{"text": "no"}, {"question": "0", "ids": [1], "behavior_logp": []}])
+@pytest.mark.parametrize("record", [{"text": "no"}, {"question": "0", "ids": [1], "behavior_logp": [0.1]}])
 def test_a_file_that_is_no_cache_is_refused_and_left_alone(folder, tmp_path, record):
     path = tmp_path / "experts.jsonl"
     tgrl.append_records(path, [record])

@@ -98,6 +98,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     """rewards [B, G] of whole groups, policy and expert answers together (Eq. 14) -> advantages [B, G]."""
     if rewards.shape[1] < 2:
         raise ValueError(f"a group of {rewards.shape[1]} has nothing to compare; it needs two answers")
+    rewards = rewards - rewards[:, :1]  # so that equal rewards give 0, not what rounding leaves
     mean = rewards.mean(1, keepdim=True)  # [B, 1]  Eq. 15
     std = rewards.std(1, keepdim=True)  # [B, 1], over n - 1  Eq. 15
     return (rewards - mean) / (std + eps)  # Eq. 16
@@ -119,12 +120,12 @@ def expert_weights(logp: Tensor, behavior_logp: Tensor, mask: Tensor, sharpness:
 def unified_coefficient(logp, behavior_logp, mask, is_expert, expert_ok, sharpness: float | None) -> Tensor:
     """r~ [N, T]: the importance ratio; for experts times m * w. Tensors as below; sharpness None: w = 1."""
     # where: padding may hold anything. clamp: as in EasyR1, so that no ratio overflows.
-    log_ratio = torch.where(mask.bool(), logp - behavior_logp, 0).clamp(-20, 20)  # [N, T]
+    log_ratio = torch.where(mask.bool(), logp - behavior_logp.detach(), 0).clamp(-20, 20)  # [N, T]
     ratio = log_ratio.exp()  # Eq. 17, and the ratio of PPO
     w = 1.0 if sharpness is None else expert_weights(logp, behavior_logp, mask, sharpness)  # Eq. 18-20
     f = ratio * w  # Eq. 21
-    m = expert_ok.to(f.dtype)[:, None]  # [N, 1]  Eq. 22
-    return torch.where(is_expert[:, None], m * f, ratio)  # Eq. 23
+    m = expert_ok.to(f.dtype).reshape(len(mask), 1)  # [N, 1]  Eq. 22
+    return torch.where(is_expert.reshape(len(mask), 1), m * f, ratio)  # Eq. 23
 
 
 def token_shares(mask: Tensor, algorithm: str, n_trajectories=None, n_tokens=None) -> Tensor:
@@ -157,7 +158,7 @@ def tgrl_loss(
     pair (sum, count), and pairs add up over micro-batches and processes. A filtered expert answer, with r~ 0
     and A <= 0, adds (1 - clip_low) * A to the surrogate, without gradient; metrics leave it out."""
     mask, advantage = mask.bool(), advantages.reshape(len(mask), 1)  # [N, T], [N, 1]
-    own, expert = mask & ~is_expert[:, None], mask & (is_expert & expert_ok)[:, None]  # [N, T]
+    own, expert = (mask & who.reshape(len(mask), 1) for who in (~is_expert, is_expert & expert_ok))  # [N, T]
     coefficient = unified_coefficient(logp, behavior_logp, mask, is_expert, expert_ok, sharpness)  # Eq. 17-23
     bounded = coefficient.clamp(1 - clip_low, 1 + clip_high)
     surrogate = torch.minimum(coefficient * advantage, bounded * advantage)  # [N, T]
@@ -205,9 +206,9 @@ SENSELESS = r"\d \d|\)\d|^[^A-Za-z]*=[^A-Za-z]*$"  # numbers side by side; 1 = 2
 SENSELESS += r"|(?<![-+,(\[<>=])(?<!^)\\infty|[\w)}][-+]\\infty|\\infty(?!$|[,)\]]|\\(?:\}|cup))"  # oo
 LATEX = dict(is_real=True, conversion_config=ConversionConfig(lowercase_symbols=False))
 LATEX |= dict(normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"))
-
 # A process that can be killed: sympy can spend hours in one call of C code, as for 9^{9^{9^9}}.
 grading_process = pebble.ProcessPool(max_workers=1, context=multiprocessing.get_context("fork"))
+math_verify.grader.logger.disabled = True  # it would say once that the timeout is ours
 grader_errors = collections.Counter()  # why answers were not graded -> how many
 
 
@@ -295,7 +296,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else the tokenizer w
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as a cache grows in ever new sizes
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
-math_verify.grader.logger.disabled = True  # it would say once that the timeout is ours
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said when one process saves
 PLACEHOLDER = "<image>"
 THINK = "Think step by step between <think> and </think>, then give the answer alone inside \\boxed{}."
@@ -622,7 +622,7 @@ class Policy(nn.Module):  # a Qwen2.5-VL, be it student, expert or reference, as
         hidden = self.model.model.language_model(
             inputs_embeds=embed(self.model, batch.ids, [batch.vision]),
             position_ids=batch.positions.movedim(-1, 0),
-            attention_mask=((key == 0) | (key == query)).tril()[:, None],  # [R, 1, L, L] as drawn; for sdpa
+            attention_mask=((key == 0) | (key == query)).tril()[:, None],  # [R, 1, L, L] bool: for sdpa alone
             use_cache=False,
         ).last_hidden_state  # [R, L, D]
         hidden = hidden[(batch.segments > 0).to(hidden.device)]  # [tokens, D], in the order of target[mask]
@@ -664,10 +664,10 @@ def read_cache(path: Path, questions: Iterable[str]) -> dict[str, list[Trajector
     """Expert answers by question's id; what the cache has for these questions is said."""
     experts = {question: [] for question in questions}
     for record in read_records(path):
-        if not record.get("ids") or len(record["ids"]) != len(record.get("behavior_logp") or ()):
+        if not 0 < len(record.get("ids") or ()) == sum(x <= 0 for x in record.get("behavior_logp") or ()):
             raise BadInput(f"{path} holds a record that is not an answer with a log-prob for each token")
         if (question := record.pop("question")) in experts:
-            experts[question].append(Trajectory(**record))
+            experts[question].append(Trajectory(**record | {"is_expert": True}))
     rewards = [t.reward for some in experts.values() for t in some]
     answered = sum(map(bool, experts.values()))
     say(f"{path}: {len(rewards)} answers to {answered} of {len(experts)} questions, {sum(rewards):.0f} right")
