@@ -206,7 +206,7 @@ SENSELESS = r"\d \d|\)\d|^[^A-Za-z]*=[^A-Za-z]*$"  # numbers side by side; 1 = 2
 SENSELESS += r"|(?<![-+,(\[<>=])(?<!^)\\infty|[\w)}][-+]\\infty|\\infty(?!$|[,)\]]|\\(?:\}|cup))"  # oo
 LATEX = dict(is_real=True, conversion_config=ConversionConfig(lowercase_symbols=False))
 LATEX |= dict(normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"))
-# A process that can be killed: sympy can spend hours in one call of C code, as for 9^{9^{9^9}}.
+# A process, as sympy can spend hours in C code on 9^{9^{9^9}}; in a child of your own, stop() it at the end.
 grading_process = pebble.ProcessPool(max_workers=1, context=multiprocessing.get_context("fork"))
 math_verify.grader.logger.disabled = True  # it would say once that the timeout is ours
 grader_errors = collections.Counter()  # why answers were not graded -> how many
