@@ -704,19 +704,15 @@ def test_bad_rows_are_named_and_good_ones_kept(world, tmp_path, monkeypatch, cap
         assert re.search(line, said), reason
 
 
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("none.jsonl", None, "cannot load .*none.jsonl"),
-        ("torn.jsonl", '{"problem": "?"}\n{"problem": ', "cannot load .*torn.jsonl"),
-        ("other.jsonl", '{"text": "?", "label": "1"}\n', "no row of .* can be used"),
-    ],
-)
-def test_an_unusable_source_says_why(world, tmp_path, name, content, words):
+BAD = [("", "cannot load"), ('{"problem": ', "cannot load"), ('{"text": "?"}\n', "no row of .* can be used")]
+
+
+@pytest.mark.parametrize("content, words", BAD)
+def test_an_unusable_source_says_why(world, tmp_path, content, words):
     if content:
-        (tmp_path / name).write_text(content)
+        (tmp_path / "rows.jsonl").write_text(content)
     with pytest.raises(BadInput, match=words):
-        tgrl.load_problems(str(tmp_path / name), "train", world.encoder)
+        tgrl.load_problems(f"{tmp_path}/rows.jsonl", "train", world.encoder)
 
 
 # ===== Rollouts =======================================================================================
@@ -789,6 +785,7 @@ def test_rollout_log_probs_are_training_log_probs(world, monkeypatch):
 
     monkeypatch.setattr(world.model, "generate", lambda *a, **k: real(*a, logits_processor=[record], **k))
     [answers] = tgrl.sample(world.model, world.encoder, [prompt], 6)
+    assert (world.model.generation_config.temperature, world.model.generation_config.top_k) == (1, 0)
     group = tgrl.Group(None, prompt, [tgrl.Trajectory(ids, "", 0.0) for ids in answers])
     for row, (t, logp) in enumerate(tgrl.score(world.policy, [group], 1)):
         sampled = [float(seen[place][row, token]) for place, token in enumerate(t.ids)]
@@ -820,7 +817,7 @@ def test_vision_tokens_are_never_sampled_even_if_the_model_wants_nothing_else(wo
     assert all(math.isfinite(x) for _, logp in scored for x in logp)
 
 
-def test_an_answer_ends_with_its_first_end_token_be_it_padding_or_not(world):
+def test_an_answer_ends_with_its_first_end_token_be_it_padding_or_not(world, monkeypatch):
     prompt = make_groups(world.encoder, 1)[0].prompt
     assert len(world.encoder.ends) == 2 and world.processor.tokenizer.pad_token_id in world.encoder.ends
     for end in world.encoder.ends:
@@ -829,6 +826,9 @@ def test_an_answer_ends_with_its_first_end_token_be_it_padding_or_not(world):
         hook.remove()
     t = tgrl.Trajectory([end], "", 0.0)
     assert tgrl.pack([tgrl.Group(None, prompt, [t])]).mask.sum() == 1  # and it is trained on
+    monkeypatch.setattr(world.encoder, "ends", list(range(20, 120)))  # answers that end apart
+    [answers] = tgrl.sample(world.model, world.encoder, [prompt], 8)
+    assert len(set(map(len, answers))) > 2 and not [i for ids in answers for i in ids[:-1] if 20 <= i < 120]
 
 
 # ===== Log-probs: a group is one row ==================================================================
@@ -1565,6 +1565,8 @@ def test_the_report_counts_unreadable_rows_as_wrong_and_what_a_benchmark_reports
     scores = summary["benchmarks"]
     assert scores["problems"]["rows"] == 2
     assert "1 rows unreadable, BadInput: 2 times <image> for 1 pictures: rows [1]" in answered.said
+    pair = [{"by": {}, "together": {"qAcc": 1}, "correct": [right]} for right in (True, False)]
+    assert evaluation.by_group(pair)["qAcc"]["accuracy"] == 0  # not right together
     assert [scores["hallusionbench"]["by"][name]["rows"] for name in ("fAcc", "qAcc")] == [2, 3]
     assert {"type: multi-choice", "type: free-form", "version: Vision Only"} < set(scores["mathverse"]["by"])
     assert summary["average of the five"] == 0 and "59.51" in answered.said  # the paper's is beside it
@@ -1702,7 +1704,7 @@ def run_script(script, *words, cwd=None, **env):
 @pytest.mark.parametrize("command, kind", dict(toy=tgrl.Toy, experts=tgrl.Experts, train=tgrl.Train).items())
 def test_a_command_has_its_own_options_and_refuses_anothers(monkeypatch, capsys, command, kind):
     monkeypatch.setenv("COLUMNS", "200")
-    for words in (["--help"], ["--spread" if command == "train" else "--n_off", "2"]):
+    for words in (["--help"], ["--spread"] if command == "train" else ["--n_off", "2"]):
         monkeypatch.setattr(sys, "argv", ["tgrl.py", command, *words])
         with pytest.raises(SystemExit):
             tgrl.main()
@@ -1711,16 +1713,13 @@ def test_a_command_has_its_own_options_and_refuses_anothers(monkeypatch, capsys,
     assert "Unrecognized" in refused
 
 
-@pytest.mark.parametrize(
-    "words, env, message",
-    [
-        (["train", "--experts", "nowhere.jsonl"], {}, "tgrl.py: no --experts nowhere.jsonl; make it by"),
-        ([], {"WORLD_SIZE": "2"}, "tgrl.py: the toy is for one process; start it by `python tgrl.py`"),
-    ],
-)
-def test_what_the_user_can_mend_is_one_line_without_a_traceback(tmp_path, words, env, message):
-    said = run_script("tgrl.py", *words, cwd=tmp_path, **env)
-    assert said.returncode == 1 and said.stderr.strip().splitlines()[-1].startswith(message)
+ENDS = [("train --experts no", "no --experts no; make it by"), ("", "the toy is for one process; start it")]
+
+
+@pytest.mark.parametrize("words, message", ENDS)
+def test_what_the_user_can_mend_is_one_line_without_a_traceback(tmp_path, words, message):
+    said = run_script("tgrl.py", *words.split(), cwd=tmp_path, WORLD_SIZE="2")
+    assert said.returncode == 1 and said.stderr.strip().splitlines()[-1].startswith(f"tgrl.py: {message}")
     assert "Traceback" not in said.stderr and not list(tmp_path.iterdir())
 
 

@@ -230,7 +230,7 @@ def without_latex(text: str) -> str:  # without formula signs, text commands and
 
 
 def value_and_unit(text: str) -> tuple[str, str]:  # the unit, or the words, behind a number
-    text = without_latex(text.replace(r"\%", "%").translate(str.maketrans(UNICODE)))
+    text = without_latex(text.translate(str.maketrans(UNICODE)))
     for written, compared in PLAIN.items():
         text = re.sub(written, compared, text, flags=re.IGNORECASE).strip()
     text = str(COUNT.index(text.lower())) if text.lower() in COUNT else text
@@ -711,7 +711,7 @@ def make_experts(options: Experts):
     todo = todo[accelerator.process_index :: accelerator.num_processes]
     policy, size = Policy(model, encoder.unwritable), options.generate_batch // options.samples
     for part in tqdm(list(batches(todo, size)), disable=None if accelerator.is_main_process else True):
-        torch.manual_seed(options.seed + int(part[0].id, 16) + len(experts[part[0].id]))
+        torch.manual_seed(options.seed + int(part[0].id, 16))
         groups = rollout(model, encoder, part, options.samples)
         for t, logp in score(policy, groups, options.micro_batch):
             t.source, t.is_expert, t.behavior_logp = options.model, True, logp
