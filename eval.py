@@ -77,10 +77,11 @@ def choice(said: str, item: dict) -> bool:
     if words in set(texts.values()) - set(letters):
         return words == right  # a text that is there twice is right for both
     label = re.match(rf"(?:option |choice |answer:? )?[(\[]?([{letters}])(?:[)\]][.:]?|[.:]|$) ?(.*)", words)
-    if label:  # which decides, whatever text stands behind it, as in official scorers
+    if label:  # not "A: no", where B is no
+        other = label[2] in set(texts.values()) - {texts.get(label[1].upper())}
         another = r"(?:^|[,;/&(]|\band |\bor )\s*\(?[a-j](?:[).:]|$| *(?:[,;/&]|and\b|or\b))"  # "B. or C."
         several = re.search(another, label[2]) and label[2] != right
-        return label[1].upper() == item["answer"] and not several
+        return label[1].upper() == item["answer"] and not other and not several
     if label := re.match(rf"([{letters}])[ ,=-]+\(?(.*?)\)?$", words):  # "B 35", but not "a line"
         return label[1].upper() == item["answer"] and right != "" and is_equivalent(label[2], right)
     fits = is_equivalent(said, options.get(item["answer"], ""))  # first, as each may take two seconds

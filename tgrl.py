@@ -16,8 +16,8 @@ stronger model, the expert. The method, which is also the order of `train` at th
             R = 1 if the boxed answer is right, else 0                             Eq. 3
             A = (R - mean R) / std R, over the whole group                         Eq. 15, 16
             m = 1 for a right expert answer, 0 for a wrong one                     Eq. 22
-            choose the group; DAPO: if its rewards, those with m = 0 aside, differ; others fill up at the end
-        before several updates: compute log pi_old of the chosen answers
+            choose the group if its rewards, those with m = 0 aside, differ; others fill up at the end
+        if several updates follow: compute log pi_old of the policy's chosen answers
         for each update, on its share of the chosen groups:
             compute log pi_theta of every answer token, with gradient
             ratio = pi_theta / pi_old; for expert tokens rho = pi_theta / pi_phi   Eq. 17
@@ -28,7 +28,7 @@ stronger model, the expert. The method, which is also the order of `train` at th
             take a step of AdamW
 
 The gradient of a right expert's token is share * A * w * rho * grad log pi_theta, and none above the clip.
-rho = e^-Delta damps what the policy underestimates most; w, at most 1, silences what it underestimates least.
+rho = e^-Delta shrinks what the policy underestimates much; w, at most 1, what it underestimates little.
 
 Shapes: B questions, G answers a question, N answers in all, P prompt tokens, T answer tokens, R rows,
 L tokens a row, D hidden size, V vocabulary. Names: log pi_theta is logp; log pi_old and log pi_phi are
@@ -119,7 +119,7 @@ def expert_weights(logp: Tensor, behavior_logp: Tensor, mask: Tensor, sharpness:
 
 def unified_coefficient(logp, behavior_logp, mask, is_expert, expert_ok, sharpness: float | None) -> Tensor:
     """r~ [N, T]: the importance ratio; for experts times m * w. Tensors as below; sharpness None: w = 1."""
-    # where: padding may hold anything. clamp: as in EasyR1, so that no ratio overflows.
+    # where: padding may hold anything. clamp: as in EasyR1; beyond it there is no gradient.
     log_ratio = torch.where(mask.bool(), logp - behavior_logp.detach(), 0).clamp(-20, 20)  # [N, T]
     ratio = log_ratio.exp()  # Eq. 17, and the ratio of PPO
     w = 1.0 if sharpness is None else expert_weights(logp, behavior_logp, mask, sharpness)  # Eq. 18-20
@@ -151,7 +151,7 @@ def tgrl_loss(
     sharpness: float | None,
     clip_low: float,
     clip_high: float,
-    kl_coef: float = 0.0,  # beta of Eq. 24; `train` multiplies it by all answers, or tokens, / own ones
+    kl_coef: float = 0.0,  # beta of Eq. 24; `train` passes beta * all / own answers (or tokens)
     ref_logp: Tensor | None = None,  # [N, T] log pi_ref
 ) -> tuple[Tensor, dict]:
     """-> (loss, metrics). Without expert answers this is GRPO (Eq. 2) or DAPO (Eq. 4) exactly. A metric is a
@@ -169,7 +169,7 @@ def tgrl_loss(
         return torch.where(where, value.detach(), 0).sum(), where.sum()
 
     metrics = {
-        "objective": (total(shares * surrogate, own | expert)[0], shares.sum()),  # an update's sum to 1
+        "objective": (total(shares * surrogate, own | expert)[0], shares.sum()),  # 1 over an update
         "entropy": total(-logp, own),  # estimated from the tokens that were sampled
         "ratio": total(coefficient, own),
         "clipped": total(clipped, own),
@@ -344,10 +344,10 @@ class Trajectory:  # one answer; as its fields are plain, it is also a record of
     finished: bool = True  # it has an end token
     source: str = "policy"  # or which expert wrote it
     is_expert: bool = False
-    expert_ok: bool = True  # the filter m: false for a wrong expert answer
+    expert_ok: bool = True  # m: false for an expert's wrong answer that is filtered
     advantage: float = 0.0
     logp: list[float] | None = None  # [T] under the policy, for groups.jsonl and `rectify`
-    behavior_logp: list[float] | None = None  # [T] under who wrote it: pi_phi or pi_old; None: like logp
+    behavior_logp: list[float] | None = None  # [T] under who wrote it: pi_phi or pi_old; None: pi_theta
 
 
 @dataclasses.dataclass
@@ -387,8 +387,8 @@ def read_problem(row: dict, source: str = "") -> Problem:
     row = {"problem": row.get("question"), "images": row.get("image"), "answer": None} | row
     question, answer = (str("" if row[name] is None else row[name]).strip() for name in ("problem", "answer"))
     pictures = row["images"] if isinstance(row["images"], list) else [row["images"]]
-    encoded = [datasets.Image().encode_example(picture) for picture in pictures if picture]
-    images = [picture["bytes"] or (root / picture["path"]).read_bytes() for picture in encoded]
+    encoded = [p if isinstance(p, dict) else datasets.Image().encode_example(p) for p in pictures if p]
+    images = [picture.get("bytes") or (root / picture["path"]).read_bytes() for picture in encoded]
     if len(images) == 1 and PLACEHOLDER not in question:
         question = PLACEHOLDER + question  # some 2 % of ViRL39K lost theirs
     if not answer or not question.replace(PLACEHOLDER, ""):
@@ -542,9 +542,9 @@ def grade(ids: list[int], problem: Problem, encoder: Encoder) -> Trajectory:
 
 
 def rollout(actor, encoder: Encoder, problems: list[Problem], n: int, temperature: float = 1) -> list[Group]:
-    """n graded answers to each question; at most --generate_batch at once, or those to one question."""
+    """n graded answers to each question; at most --generate_batch, and 128 questions, at once."""
     groups = []
-    for part in batches(problems, encoder.options.generate_batch // n):
+    for part in batches(problems, min(128, encoder.options.generate_batch // n)):  # prefilled together
         prompts = [encoder(problem) for problem in part]
         answers = sample(actor, encoder, prompts, n, temperature)
         for problem, prompt, some in zip(part, prompts, answers, strict=True):
@@ -564,7 +564,7 @@ def rollout(actor, encoder: Encoder, problems: list[Problem], n: int, temperatur
 #       question    causal       .         .         its own answer. Log-probs and gradients are those of G
 #       answer 1    all        causal      .         rows, for P + G*T tokens instead of G*(P + T).
 #       answer 2    all          .       causal
-#   Attention goes over (P + G*T)^2, a waste where answers are long. A token costs c1 + c2 * L FLOPs; they are
+#   Attention goes over (P + G*T)^2, a waste where answers are long. A token costs c1 + c2 * L FLOPs, a group
 #   fewest with P * sqrt(c1 / (c2 * P) + 1) answer tokens a row. So a long group gets several such rows.
 
 
@@ -643,7 +643,7 @@ def score(policy: Policy, groups: list[Group], micro_batch: int) -> Iterator[tup
 
 # ===== 6. Experts: answers of a stronger model, cached with their log-probs under that model ==========
 # The cache is JSONL, an answer a line. The id of its question hashes pictures, right answer and the prompt's
-# tokens: so an answer is only taken where the student is asked by the same. Without one, none is added.
+# tokens: so it is only taken where the student's prompt is the same. A group may get no expert's answer.
 
 
 def append_records(path: Path, records: list[dict]):
@@ -715,7 +715,7 @@ def make_experts(options: Experts):
         groups = rollout(model, encoder, part, options.samples)
         for t, logp in score(policy, groups, options.micro_batch):
             t.source, t.is_expert, t.behavior_logp = options.model, True, logp
-        for group in groups:  # of a question with k answers already: all but the first k
+        for group in groups:  # keep only as many as the question lacks
             new = group.trajectories[len(experts[group.problem.id]) :]
             append_records(path, [{"question": group.problem.id, **vars(t)} for t in new])
     errors = sum(gather_object([grader_errors]), collections.Counter())
@@ -726,7 +726,7 @@ def make_experts(options: Experts):
 
 # Experts of its own, in the spirit of the abstract of IVR-R1 (arXiv 2605.23997), which is all that is public:
 # a wrong answer is cut before a doubted step, and continued with the picture once more, until one is right.
-# Trained on is the plain prompt, without the second look; pi_phi of the new part is with it.
+# It is trained on behind the plain prompt; pi_phi of its new part is behind the second look.
 
 LOOK = "Look once more, closely, and go on from where the answer stands."
 DOUBTED = -2.0  # a token of a log-prob below this makes its step suspect
@@ -792,7 +792,7 @@ class Train(Options):
     out: str = "runs/train"  # folder of the run: metrics.jsonl, groups.jsonl, checkpoints, the trained model
     resume: bool = False  # continue the run in --out from its newest checkpoint
     algorithm: Literal["dapo", "grpo"] = "dapo"  # sets what is "by algorithm" below
-    n_on: int = 7  # answers of the policy in a group [paper, Geo3K; 4 for ViRL39K]
+    n_on: int = 7  # answers of the policy in a group, at least 2 [paper, Geo3K; 4 for ViRL39K]
     n_off: int = 1  # answers of the expert in a group; 0: DAPO or GRPO, for which take --n_on 8 [paper]
     sharpness: float | None = None  # beta of Eq. 20 [by algorithm; paper: 14 dapo, 5 grpo]
     reweight: bool = True  # weigh expert tokens by Eq. 18-20; no: w = 1 [paper, Table 1]
@@ -931,7 +931,7 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         return mine
 
     def add_experts(self, groups: list[Group]) -> dict:
-        """Up to n_off of a question's cached answers, at random; or one of its own making; -> metrics."""
+        """Up to n_off of a question's cached answers, at random; or one that the policy made; -> metrics."""
         self_made = self.options.experts == "self" and self.options.n_off > 0
         experts = rectify(self.actor, self.encoder, groups) if self_made else self.experts
         for group in groups:
@@ -998,7 +998,7 @@ def train(options: Train) -> dict:
         metrics = [run.between_steps()]
         torch.manual_seed(hash((options.seed, run.step, run.rank)))  # so that a resumed run samples the same
 
-        chosen, flat, tried, n = [], [], 0, quota  # groups with contrast, without; so far tried; to try next
+        chosen, flat, tried, n = [], [], 0, quota  # groups with contrast, without; tried; to try next
         for _ in range(options.max_draws):
             tried += n
             groups = rollout(run.actor, run.encoder, run.draw(n), options.n_on)  # Eq. 3, 13
