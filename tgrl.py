@@ -847,7 +847,9 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         update = options.questions_per_update
         if update % self.world or options.questions_per_rollout % update:
-            raise BadInput(f"{self.world} processes must divide --questions_per_update, and it the rollout's")
+            raise BadInput(
+                f"{self.world} processes must divide --questions_per_update, that --questions_per_rollout"
+            )
         self.actor, processor = load_model(options.model, dtype)
         self.actor.to(self.accelerator.device)  # samples; whole, in the dtype of computation
         self.encoder = Encoder(processor, self.actor, options)
