@@ -391,7 +391,7 @@ def read_problem(row: dict, source: str = "") -> Problem:
     images = [picture.get("bytes") or (root / picture["path"]).read_bytes() for picture in encoded]
     if len(images) == 1 and PLACEHOLDER not in question:
         question = PLACEHOLDER + question  # some 2 % of ViRL39K lost theirs
-    if not answer or not question.replace(PLACEHOLDER, ""):
+    if "" in (answer, question.replace(PLACEHOLDER, "")):
         raise BadInput(f"it needs problem (or question) and answer; its columns are {columns}")
     if not question.count(PLACEHOLDER) == len(images) > 0:
         raise BadInput(f"{question.count(PLACEHOLDER)} times {PLACEHOLDER} for {len(images)} pictures")
@@ -847,9 +847,7 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         update = options.questions_per_update
         if update % self.world or options.questions_per_rollout % update:
-            raise BadInput(
-                f"{self.world} processes must divide --questions_per_update, that --questions_per_rollout"
-            )
+            raise BadInput(f"{self.world} processes must divide --questions_per_update, and it the rollout's")
         self.actor, processor = load_model(options.model, dtype)
         self.actor.to(self.accelerator.device)  # samples; whole, in the dtype of computation
         self.encoder = Encoder(processor, self.actor, options)
@@ -1024,7 +1022,7 @@ def train(options: Train) -> dict:
             groups = chosen[i::n_updates]  # a stride, so that each update gets some of both kinds
             mine = [(len(t.ids), t.is_expert) for t in answers_of(groups)]
             lengths, is_expert = zip(*gather_object(mine), strict=True)  # of the answers on all processes
-            counts = torch.tensor(lengths if options.token_mean else [1] * len(lengths))  # what is averaged
+            counts = torch.tensor(lengths) ** int(options.token_mean)  # averaged: tokens (^1) or answers (^0)
             own = counts[~torch.tensor(is_expert)].sum()
             kl_coef = options.kl_coef * float(counts.sum() / own)  # so the KL is a mean over the policy's own
             for part in batches(groups, options.micro_batch):
