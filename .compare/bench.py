@@ -123,7 +123,7 @@ def bench(run: tgrl.Run, questions: int, n: int, tokens: int, size: int, repeats
     kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     tgrl.say(f"on {run.world} x {kind}, {torch.get_num_threads()} threads; medians of {repeats}; on each")
     tgrl.say(f"{questions} questions of {len(prompt.ids)} tokens, {n} answers of {tokens} to each")
-    tgrl.say(f"{'':18}seconds  answer tokens/s   TFLOP/s   of peak   peak GiB")
+    tgrl.say("                  seconds  answer tokens/s   TFLOP/s   of peak   peak GiB")
     for name, (_, *work) in jobs.items():
         seconds = statistics.median(s for s, _ in measured[name][1:])  # the first warms up
         rate, held = flops(*work) / seconds, max(gib for _, gib in measured[name])
