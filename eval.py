@@ -576,11 +576,11 @@ def run(options: Run):
     loaded = {name: load(name, source, options.limit) for name, source in sources.items()}
     model, processor = tgrl.load_model(options.model, dtype)
     encoder, model = tgrl.Encoder(processor, model, tgrl.Options(**asked)), model.to(accelerator.device)
-    how = {"model": options.model, "weights of": changed(options.model), "dtype": str(dtype), **asked}
+    how = {"model": options.model, "model mtime": changed(options.model), "dtype": str(dtype), **asked}
     how |= {name: getattr(options, name) for name in ("temperature", "samples", "seed", "limit")}
     headers = {name: {"tgrl_eval": name, "source": sources[name]} | how for name in loaded}
     for name, rows in loaded.items():
-        headers[name] |= {"data of": changed(sources[name]), "rows": len(rows)}
+        headers[name] |= {"data mtime": changed(sources[name]), "rows": len(rows)}
     main = accelerator.is_main_process  # which alone looks what is done, so that all know the same
     [done] = broadcast_object_list([begin(options.out, headers, how) if main else None])
     for name, rows in loaded.items():

@@ -957,7 +957,7 @@ def test_more_samples_are_other_samples(folder, tmp_path):
         (dict(min_pixels=168**2, max_pixels=168**2), "answers none of these questions as they are asked"),
         (dict(experts="nowhere.jsonl"), "no --experts nowhere.jsonl; make it by `tgrl.py experts`"),
         (dict(data="other.parquet"), "answers none of these questions"),
-        (dict(model="nowhere"), "cannot load --model nowhere"),
+        (dict(model="nowhere"), "cannot load model nowhere"),
         (dict(questions_per_update=3), "processes must divide --questions_per_update"),
     ],
 )
@@ -1605,11 +1605,11 @@ def test_answers_are_graded_again_without_a_model_and_compared_item_by_item(answ
     assert "right only in B: 1 rows, [1]" in said and "only in A" not in said and "differ" not in said
 
 
-@pytest.mark.parametrize("key, value", [("seed", 9), ("max_answer", 7), ("weights of", 1), ("data of", 1)])
-def test_another_evaluation_in_the_same_folder_is_refused(folder, answered, tmp_path, key, value):
-    tgrl.append_records(tmp_path / "mmstar.jsonl", [answered.records["mmstar"][0] | {key: value}])
+@pytest.mark.parametrize("key, old", [("seed", 9), ("max_answer", 7), ("model mtime", 1), ("data mtime", 1)])
+def test_another_evaluation_in_the_same_folder_is_refused(folder, answered, tmp_path, key, old):
+    tgrl.append_records(tmp_path / "mmstar.jsonl", [answered.records["mmstar"][0] | {key: old}])
     options = evaluation.Run(f"{folder.path}/model", (answered.files["mmstar"],), tmp_path, **ASKED)
-    with pytest.raises(BadInput, match=f"mmstar.jsonl is of another evaluation: {key} is {value} there"):
+    with pytest.raises(BadInput, match=f"mmstar.jsonl is of another evaluation: {key} is {old} there"):
         evaluation.run(options)
 
 

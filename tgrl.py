@@ -18,7 +18,7 @@ stronger model, the expert. The method, which is also the order of `train` at th
             m = 1 for a right expert answer, 0 for a wrong one                     Eq. 22
             choose the group if its rewards, those with m = 0 aside, differ; others fill up at the end
         if several updates follow: compute log pi_old of the policy's chosen answers
-        for each update, on its share of the chosen groups:
+        for each update, on its part of the chosen groups:
             compute log pi_theta of every answer token, with gradient
             ratio = pi_theta / pi_old; for expert tokens rho = pi_theta / pi_phi   Eq. 17
             Delta = log pi_phi - log pi_theta; Delta~: standardized in its answer  Eq. 18, 19
@@ -27,8 +27,8 @@ stronger model, the expert. The method, which is also the order of `train` at th
             J = mean of min(r~ A, clip(r~) A), in GRPO minus a KL                  Eq. 24, 25
             take a step of AdamW
 
-The gradient of a right expert's token is share * A * w * rho * grad log pi_theta, and none above the clip.
-rho = e^-Delta shrinks what the policy underestimates much; w, at most 1, what it underestimates little.
+A right expert's token gets the gradient share * A * w * rho * grad log pi_theta, or none where the clip acts.
+rho = e^-Delta shrinks tokens that the policy underestimates; w, at most 1, those that it knows already.
 
 Shapes: B questions, G answers a question, N answers in all, P prompt tokens, T answer tokens, R rows,
 L tokens a row, D hidden size, V vocabulary. Names: log pi_theta is logp; log pi_old and log pi_phi are
@@ -39,10 +39,10 @@ What the paper leaves open, and what is done here (reasons in README.md):
     gradient through w                 none
     a wrong expert answer              stays in mean, std and averages; m takes its gradient away
     KL                                 k3 estimator, a mean over the policy's own answers (`train` scales it)
-    DAPO's mean over tokens            over all tokens of an update, on all processes
+    means over answers, tokens         over all of an update, on all processes, not first within a group
     std                                unbiased; eps is 1e-6, outside the root
-    whether the rewards differ         judged on the policy's answers and right expert answers
-    pi_old                             several updates: a forward pass before the first; one: pi_theta itself
+    whether the rewards differ         judged without filtered answers, though A counts them
+    pi_old                             by the policy before several updates; for a single one pi_theta itself
 """
 
 import base64
@@ -106,7 +106,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
 
 @torch.no_grad()
 def expert_weights(logp: Tensor, behavior_logp: Tensor, mask: Tensor, sharpness: float, eps=1e-6) -> Tensor:
-    """w [N, T] in [0, 1]: how much the policy underestimates a token, beside the rest of its answer."""
+    """w [N, T] in [0, 1]: how much the policy underestimates a token, against the rest of its answer."""
     mask = mask.bool()
     delta = torch.where(mask, behavior_logp - logp, 0).clamp(-20, 20)  # [N, T]  Eq. 18
     count = mask.sum(1, keepdim=True)  # [N, 1]
@@ -133,7 +133,7 @@ def token_shares(mask: Tensor, algorithm: str, n_trajectories=None, n_tokens=Non
     mask = mask * 1.0
     if algorithm == "grpo":  # a mean over answers of their means over tokens
         length = mask.sum(1, keepdim=True).clamp(min=1)
-        return mask / length / (n_trajectories or len(mask))  # 1/|G| 1/|o_i|, over all groups  Eq. 24
+        return mask / length / (n_trajectories or len(mask))  # 1/|G| 1/|o_i|, |G| of all groups  Eq. 24
     if algorithm == "dapo":  # a mean over tokens
         return mask / (n_tokens or mask.sum().clamp(min=1))  # 1/sum |o_i|, over all groups  Eq. 25
     raise ValueError(f"algorithm is {algorithm!r}; it can be 'grpo' or 'dapo'")
@@ -169,7 +169,7 @@ def tgrl_loss(
         return torch.where(where, value.detach(), 0).sum(), where.sum()
 
     metrics = {
-        "objective": (total(shares * surrogate, own | expert)[0], shares.sum()),  # 1 over an update
+        "objective": (total(shares * surrogate, own | expert)[0], shares.sum()),  # 1 in an update
         "entropy": total(-logp, own),  # estimated from the tokens that were sampled
         "ratio": total(coefficient, own),
         "clipped": total(clipped, own),
@@ -455,7 +455,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, **options):
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, **options)
         return model, AutoProcessor.from_pretrained(name)
     except Exception as error:
-        raise BadInput(f"cannot load --model {name} as a Qwen2.5-VL, by hub id or folder: {error}") from error
+        raise BadInput(f"cannot load model {name} as a Qwen2.5-VL, by hub id or folder: {error}") from error
 
 
 # ===== 4. Rollouts: answers by Hugging Face generate, graded ==========================================
@@ -552,11 +552,11 @@ def rollout(actor, encoder: Encoder, problems: list[Problem], n: int, temperatur
     return groups
 
 
-# ===== 5. Log-probs: a group is one row ===============================================================
+# ===== 5. Log-probs: a group is one row, or a few =====================================================
 #   row:       [ picture, question but its last token | answer 1 | answer 2 | ... | answer G ]
 #   segment:     0 0 0 0 0 0 0 0 0                      1 1 1 1    2 2 2           G G G G
 #   position:    0 1 ...         p-1                    p p+1 ..   p p+1 ..        p p+1 ..
-#
+#   p, the position of the question's last token, is below P - 1, as a picture's tokens share positions.
 #   An answer begins with a copy of the question's last token (at p), which predicts its first one, and lacks
 #   its own last token. So the hidden states of segments 1 to G predict the answers' tokens, in order.
 #
@@ -564,8 +564,8 @@ def rollout(actor, encoder: Encoder, problems: list[Problem], n: int, temperatur
 #       question    causal       .         .         its own answer. Log-probs and gradients are those of G
 #       answer 1    all        causal      .         rows, for P + G*T tokens instead of G*(P + T).
 #       answer 2    all          .       causal
-#   Attention goes over (P + G*T)^2, a waste where answers are long. A token costs c1 + c2 * L FLOPs, a group
-#   fewest with P * sqrt(c1 / (c2 * P) + 1) answer tokens a row. So a long group gets several such rows.
+#   Attention goes over (P + G*T)^2, a waste where answers are long. A token costs c1 FLOPs in the weights and
+#   c2 * L in attention; rows of P * sqrt(c1 / (c2 * P) + 1) answer tokens cost least: long groups get a few.
 
 
 def answers_of(groups: list[Group]) -> list[Trajectory]:
@@ -595,7 +595,7 @@ def pack(groups: list[Group], device: torch.device | str = "cpu", c1_by_c2: floa
         vision=vision_inputs([prompt for prompt, _ in rows]),
         target=pad(t.ids for t in answers),  # [N, T]
         mask=pad([True] * len(t.ids) for t in answers),  # [N, T] True: an answer token, the end token too
-        behavior_logp=pad(t.behavior_logp or [math.nan] * len(t.ids) for t in answers),  # [N, T] nan: logp
+        behavior_logp=pad(t.behavior_logp or [math.nan] * len(t.ids) for t in answers),  # [N, T] nan: as logp
         advantages=torch.tensor([t.advantage for t in answers]),  # [N]
         is_expert=torch.tensor([t.is_expert for t in answers]),
         expert_ok=torch.tensor([t.expert_ok for t in answers]),
@@ -642,8 +642,8 @@ def score(policy: Policy, groups: list[Group], micro_batch: int) -> Iterator[tup
 
 
 # ===== 6. Experts: answers of a stronger model, cached with their log-probs under that model ==========
-# The cache is JSONL, an answer a line. The id of its question hashes pictures, right answer and the prompt's
-# tokens: so it is only taken where the student's prompt is the same. A group may get no expert's answer.
+# The cache is JSONL, an answer a line, right or wrong. A question's id hashes pictures, right answer and
+# the prompt's tokens: so it is taken only where the prompt is the same. A group may get no expert's answer.
 
 
 def append_records(path: Path, records: list[dict]):
@@ -725,8 +725,8 @@ def make_experts(options: Experts):
 
 
 # Experts of its own, in the spirit of the abstract of IVR-R1 (arXiv 2605.23997), which is all that is public:
-# a wrong answer is cut before a doubted step, and continued with the picture once more, until one is right.
-# It is trained on behind the plain prompt; pi_phi of its new part is behind the second look.
+# a wrong answer is cut before a doubted step and continued TRIES times, with the picture once more. The
+# first right one is trained on behind the plain prompt; pi_phi of its new part is behind the second look.
 
 LOOK = "Look once more, closely, and go on from where the answer stands."
 DOUBTED = -2.0  # a token of a log-prob below this makes its step suspect
@@ -1009,20 +1009,20 @@ def train(options: Train) -> dict:
             metrics.append(describe(groups))
             del flat[quota:]  # their pictures take memory
             found = gather_object([len(chosen)])  # so all processes decide alike
-            # what the neediest process lacks, divided by the share of groups with contrast so far
+            # for each process: what the neediest one lacks / the share of groups with contrast so far
             n = min(quota, math.ceil((quota - min(found)) * tried * run.world / max(1, sum(found))))
             if n <= 0:
                 break
-        # Groups without contrast fill up what is missing; GRPO, which draws once, takes all.
+        # A surplus is dropped, groups without contrast fill a gap; GRPO, which draws once, takes all.
         chosen = (chosen + flat)[:quota]
-        if n_updates > 1:  # pi_old, else taken from logp below
+        if n_updates > 1:  # pi_old, by the policy itself; for a single update it is logp, below
             for t, logp in score(run.policy, chosen, options.micro_batch):
                 t.behavior_logp = t.behavior_logp if t.is_expert else logp
         for i in range(n_updates):
             groups = chosen[i::n_updates]  # a stride, so that each update gets some of both kinds
             mine = [(len(t.ids), t.is_expert) for t in answers_of(groups)]
             lengths, is_expert = zip(*gather_object(mine), strict=True)  # of the answers on all processes
-            counts = torch.tensor(lengths) ** int(options.token_mean)  # averaged: tokens (^1) or answers (^0)
+            counts = torch.tensor(lengths) ** int(options.token_mean)  # an answer's tokens (^1) or 1 (^0)
             own = counts[~torch.tensor(is_expert)].sum()
             kl_coef = options.kl_coef * float(counts.sum() / own)  # so the KL is a mean over the policy's own
             for part in batches(groups, options.micro_batch):
