@@ -763,7 +763,7 @@ def test_the_cache_with_room_holds_what_hugging_faces_holds():
 
 def test_as_many_answers_at_once_as_free_memory_holds(monkeypatch):
     text = dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2)
-    with torch.device("meta"):  # 3B keeps 36 864 bytes a token
+    with torch.device("meta"):  # 3B keeps 1024 bytes a token in each layer
         config = Qwen2_5_VLConfig(text_config=text, vision_config=dict(depth=1, out_hidden_size=2048))
         model = tgrl.Qwen2_5_VLForConditionalGeneration(config).bfloat16()
     assert tgrl.batch_that_fits(model, tgrl.Options()) == 64  # without a GPU
@@ -772,8 +772,10 @@ def test_as_many_answers_at_once_as_free_memory_holds(monkeypatch):
     for gib, room in ((0, 45), (25, 20), (60, 0)):  # of AdamW's moments, 8 bytes a parameter of this process
         shard = torch.empty(gib * 2**27, device="meta")
         policy = SimpleNamespace(parameters=lambda shard=shard: [SimpleNamespace(to_local=lambda: shard)])
-        fits = max(1, room * 2**30 // (36864 * (2048 + 2048)))
-        assert tgrl.batch_that_fits(model, tgrl.Options(), policy) == fits
+        assert tgrl.batch_that_fits(model, tgrl.Options(), policy) == max(1, room * 2**30 // (38 * 2**22))
+    for layer in model.model.language_model.layers[:10]:  # two devices: the fuller has 26, and two that grow
+        layer.self_attn.k_proj.to_empty(device="cpu")
+    assert tgrl.batch_that_fits(model, tgrl.Options()) == 45 * 2**30 // (28 * 2**22)
 
 
 def test_rollout_log_probs_are_training_log_probs(world, monkeypatch):
@@ -1003,28 +1005,25 @@ def test_two_writers_do_not_tear_each_others_records(tmp_path):
 
 
 def test_answers_that_could_not_be_graded_are_told(folder, tmp_path, monkeypatch, capsys):
-    def fail(*_, **__):
-        raise TimeoutError
-
     tgrl.grader_errors.clear()
     monkeypatch.setattr(tgrl, "reward", lambda text, answer: float(tgrl.is_equivalent("1 + x", answer)))
-    monkeypatch.setattr(tgrl.grading_process, "schedule", fail)
+    monkeypatch.setattr(tgrl.grading_process, "schedule", lambda *_, **__: int("a ValueError"))
     tgrl.make_experts(tgrl.Experts(**folder.shared | dict(experts=f"{tmp_path}/experts.jsonl")))
-    assert "could not be graded, and count as wrong: {'TimeoutError': 24}" in capsys.readouterr().out
+    assert "could not be graded, and count as wrong: {'ValueError': 24}" in capsys.readouterr().out
     tgrl.grader_errors.clear()
 
 
 # ----- experts that the policy makes itself
 
 
-def test_a_wrong_answer_is_cut_before_the_first_step_with_a_doubted_token(world):
-    ids = world.processor.tokenizer("width 3. area = 4. total = 5").input_ids
-    starts = [world.processor.tokenizer(text).input_ids for text in ("width 3.", "width 3. area = 4.")]
-    for doubted, want in ((0, []), (len(starts[0]) + 1, starts[0]), (len(ids) - 1, starts[1])):
-        logp = [-0.1] * len(ids)
-        logp[doubted] = -2.5
-        logp[-1] = min(logp[-1], -9 * (doubted > 0))  # the last is doubted most
-        assert tgrl.before_doubt(tgrl.Trajectory(ids, "", 0.0, logp=logp), world.processor.tokenizer) == want
+def test_a_wrong_answer_is_cut_before_the_first_step_with_a_doubted_token():
+    tokens = ["w", " 3", ".", "5", ".", " area", " 4", ".\n", "total", " 7", "\n", "5"]
+    cuts = {0: 0, 3: 0, 4: 0, 5: 5, 6: 5, 7: 5, 8: 8, 10: 8, 11: 11}  # doubted token -> tokens before the cut
+    for doubted, (low, last) in product(cuts, [(-2.5, -9.0), (-1.9, -1.8)]):  # the first; or the most doubted
+        logp = [-0.1] * 11 + [last]
+        logp[doubted] = low
+        t = tgrl.Trajectory([*range(12)], "", 0.0, logp=logp)
+        assert tgrl.before_doubt(t, tokens.__getitem__) == t.ids[: cuts[doubted]]
 
 
 def test_a_rectified_answer_has_the_log_probs_it_was_sampled_with(world, monkeypatch):
@@ -1033,7 +1032,7 @@ def test_a_rectified_answer_has_the_log_probs_it_was_sampled_with(world, monkeyp
     wrong = tgrl.Trajectory(world.processor.tokenizer("width 3. area = 4. total = 5").input_ids, "", 0.0)
     group.trajectories = [wrong]
     cut = len(world.processor.tokenizer("width 3.").input_ids)
-    monkeypatch.setattr(tgrl, "before_doubt", lambda t, tokenizer: t.ids[:cut])
+    monkeypatch.setattr(tgrl, "before_doubt", lambda t, decode: t.ids[:cut])
     monkeypatch.setattr(tgrl, "reward", lambda text, answer: 1.0)
     monkeypatch.setattr(world.encoder, "ends", list(range(20, 120)))  # a random model hardly finds the end
     [right] = tgrl.rectify(world.model, world.encoder, [group])[group.problem.id]

@@ -40,7 +40,6 @@ What the paper leaves open, and what is done here (reasons in README.md):
     a wrong expert answer              stays in mean, std and averages; m takes its gradient away
     KL                                 k3 estimator, a mean over the policy's own answers (`train` scales it)
     means over answers, tokens         over all of an update, on all processes, not first within a group
-    std                                unbiased; eps is 1e-6, outside the root
     whether the rewards differ         judged without filtered answers, though A counts them
     pi_old                             by the policy before several updates; for a single one pi_theta itself
 """
@@ -157,13 +156,13 @@ def tgrl_loss(
     """-> (loss, metrics). Without expert answers this is GRPO (Eq. 2) or DAPO (Eq. 4) exactly. A metric is a
     pair (sum, count), and pairs add up over micro-batches and processes. A filtered expert answer, with r~ 0
     and A <= 0, adds (1 - clip_low) * A to the surrogate, without gradient; metrics leave it out."""
+    assert mask.shape == logp.shape == behavior_logp.shape == shares.shape, "each of them is [N, T]"
     mask, advantage = mask.bool(), advantages.reshape(len(mask), 1)  # [N, T], [N, 1]
     own, expert = (mask & who.reshape(len(mask), 1) for who in (~is_expert, is_expert & expert_ok))  # [N, T]
     coefficient = unified_coefficient(logp, behavior_logp, mask, is_expert, expert_ok, sharpness)  # Eq. 17-23
     bounded = coefficient.clamp(1 - clip_low, 1 + clip_high)
     surrogate = torch.minimum(coefficient * advantage, bounded * advantage)  # [N, T]
     loss = -(shares * surrogate).sum()  # Eq. 2, 4, 24, 25
-    clipped = (coefficient * advantage > bounded * advantage).float()  # where the clip stops the gradient
 
     def total(value: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         return torch.where(where, value.detach(), 0).sum(), where.sum()
@@ -172,14 +171,14 @@ def tgrl_loss(
         "objective": (total(shares * surrogate, own | expert)[0], shares.sum()),  # 1 in an update
         "entropy": total(-logp, own),  # estimated from the tokens that were sampled
         "ratio": total(coefficient, own),
-        "clipped": total(clipped, own),
+        "clipped": total((coefficient * advantage > bounded * advantage).float(), own),  # no gradient there
         "expert_coefficient": total(coefficient, expert),
         "expert_delta": total(behavior_logp - logp, expert),
     }
     if kl_coef:
         if ref_logp is None:
             raise ValueError("kl_coef needs ref_logp, the log-probs of the reference")
-        gap = torch.where(own, ref_logp - logp, 0).clamp(-20, 20)  # of its own answers: k3 needs samples
+        gap = torch.where(own, ref_logp.detach() - logp, 0).clamp(-20, 20)  # own answers: k3 needs samples
         k3 = gap.expm1() - gap  # e^gap - 1 - gap, precise where it is small
         loss = loss + kl_coef * (shares * k3).sum()  # Eq. 2, 24
         metrics["kl"] = total(k3, own)
@@ -206,7 +205,7 @@ SENSELESS = r"\d \d|\)\d|^[^A-Za-z]*=[^A-Za-z]*$"  # numbers side by side; 1 = 2
 SENSELESS += r"|(?<![-+,(\[<>=])(?<!^)\\infty|[\w)}][-+]\\infty|\\infty(?!$|[,)\]]|\\(?:\}|cup))"  # oo
 LATEX = dict(is_real=True, conversion_config=ConversionConfig(lowercase_symbols=False))
 LATEX |= dict(normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"))
-# A process, as sympy can spend hours in C code on 9^{9^{9^9}}; in a child of your own, stop() it at the end.
+# sympy can spend hours in C code on 9^{9^{9^9}}. Fork your processes before its first use; each must stop it.
 grading_process = pebble.ProcessPool(max_workers=1, context=multiprocessing.get_context("fork"))
 math_verify.grader.logger.disabled = True  # it would say once that the timeout is ours
 grader_errors = collections.Counter()  # why answers were not graded -> how many
@@ -451,7 +450,7 @@ def load_problems(source: str, split: str, encoder: Encoder) -> list[Problem]:
 def load_model(name: str, dtype: torch.dtype = torch.float32, **options):
     """A Qwen2.5-VL and its processor, from a hub id or a folder: safetensors only, no remote code."""
     try:
-        options |= dict(dtype=dtype, use_safetensors=True, attn_implementation="sdpa")
+        options |= dict(dtype=dtype, use_safetensors=True)
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, **options)
         return model, AutoProcessor.from_pretrained(name)
     except Exception as error:
@@ -471,10 +470,12 @@ def batch_that_fits(model, options: Options, policy=None) -> int:
     if options.generate_batch or not torch.cuda.is_available():
         return options.generate_batch or 64
     held = 8 * sum(p.to_local().numel() for p in policy.parameters()) if policy else 0
-    free = sum(torch.cuda.mem_get_info(device)[0] for device in {p.device for p in model.parameters()})
     layers = model.model.language_model.layers
-    token = 2 * len(layers) * layers[0].self_attn.k_proj.out_features * model.dtype.itemsize  # its cache
-    return max(1, int(0.9 * free - held) // (token * (options.max_prompt + options.max_answer)))
+    token = 2 * layers[0].self_attn.k_proj.out_features * model.dtype.itemsize  # its cache in one layer
+    on = collections.Counter(layer.self_attn.k_proj.weight.device for layer in layers)
+    # The fullest device decides. + 2: where RoomyLayer grows, it copies a layer's cache twice.
+    free = min((0.9 * torch.cuda.mem_get_info(device)[0] - held) / (n + 2) for device, n in on.items())
+    return max(1, int(free) // (token * (options.max_prompt + options.max_answer)))
 
 
 def vision_inputs(prompts: list[Prompt]) -> dict:
@@ -542,9 +543,9 @@ def grade(ids: list[int], problem: Problem, encoder: Encoder) -> Trajectory:
 
 
 def rollout(actor, encoder: Encoder, problems: list[Problem], n: int, temperature: float = 1) -> list[Group]:
-    """n graded answers to each question; at most --generate_batch, and 128 questions, at once."""
+    """n graded answers to each question; at most --generate_batch, and 64 questions, at once."""
     groups = []
-    for part in batches(problems, min(128, encoder.options.generate_batch // n)):  # prefilled together
+    for part in batches(problems, min(64, encoder.options.generate_batch // n)):  # prefilled together
         prompts = [encoder(problem) for problem in part]
         answers = sample(actor, encoder, prompts, n, temperature)
         for problem, prompt, some in zip(part, prompts, answers, strict=True):
@@ -606,6 +607,7 @@ def pack(groups: list[Group], device: torch.device | str = "cpu", c1_by_c2: floa
 class Policy(nn.Module):  # a Qwen2.5-VL, be it student, expert or reference, as log-probs of answers
     def __init__(self, model, unwritable: Tensor):
         super().__init__()
+        model.set_attn_implementation("sdpa")  # another would misread the mask of `forward`
         self.model, self.unwritable = model, unwritable
         layer, width = model.model.language_model.layers[0], model.config.text_config.hidden_size
         self.c1_by_c2 = sum(p.numel() for p in layer.parameters()) / (2 * width)  # 2 * weights / (4 * width)
@@ -616,13 +618,12 @@ class Policy(nn.Module):  # a Qwen2.5-VL, be it student, expert or reference, as
         logits = logits.index_fill(-1, self.unwritable.to(logits.device), -torch.inf)  # [tokens, V]
         return -nn.functional.cross_entropy(logits, target.to(logits.device), reduction="none")
 
-    def forward(self, batch: SimpleNamespace) -> Tensor:
-        """-> logp [N, T], 0 at padding."""
+    def forward(self, batch: SimpleNamespace) -> Tensor:  # logp [N, T], 0 at padding
         query, key = batch.segments[:, :, None], batch.segments[:, None, :]
         hidden = self.model.model.language_model(
             inputs_embeds=embed(self.model, batch.ids, [batch.vision]),
             position_ids=batch.positions.movedim(-1, 0),
-            attention_mask=((key == 0) | (key == query)).tril()[:, None],  # [R, 1, L, L] bool: for sdpa alone
+            attention_mask=((key == 0) | (key == query)).tril()[:, None],  # [R, 1, L, L]
             use_cache=False,
         ).last_hidden_state  # [R, L, D]
         hidden = hidden[(batch.segments > 0).to(hidden.device)]  # [tokens, D], in the order of target[mask]
@@ -733,11 +734,11 @@ DOUBTED = -2.0  # a token of a log-prob below this makes its step suspect
 TRIES = 8  # continuations sampled from before the suspect step
 
 
-def before_doubt(t: Trajectory, tokenizer) -> list[int]:
+def before_doubt(t: Trajectory, decode) -> list[int]:
     """What stands before the first sentence or line with a token that the policy doubts."""
-    # What follows a slip is doubted, too: so the first one. None below DOUBTED: the most doubted one.
+    # The first, as what follows a slip is doubted, too. A sentence or line ends in the token before the \0.
     cut = next((i for i, logp in enumerate(t.logp) if logp < DOUBTED), t.logp.index(min(t.logp)))
-    while cut and not re.search(r"[.!?;]\s|\n", tokenizer.decode(t.ids[cut - 1 : cut + 1])):
+    while cut and not re.match(r"[^\0]*([.!?;]\0?\s|\n)", "\0".join(map(decode, t.ids[cut - 1 : cut + 1]))):
         cut -= 1
     return t.ids[:cut]
 
@@ -759,7 +760,7 @@ def rectify(actor, encoder: Encoder, groups: list[Group]) -> dict[str, list[Traj
     for t, logp in score(judge, wrong, encoder.options.micro_batch):
         t.logp = logp
     for part in batches(wrong, encoder.options.generate_batch // (2 * TRIES)):  # as two looks are long
-        begun = [before_doubt(t, encoder.tokenizer) for t in answers_of(part)]
+        begun = [before_doubt(t, encoder.tokenizer.decode) for t in answers_of(part)]
         prompts = [look_again(group.problem, ids, encoder) for group, ids in zip(part, begun, strict=True)]
         tails = sample(actor, encoder, prompts, TRIES)
         for group, ids, prompt, some in zip(part, begun, prompts, tails, strict=True):
@@ -866,14 +867,13 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
             self.policy.model.activation_checkpointing_enable()
         adam = dict(lr=options.lr, weight_decay=0.01, fused=self.actor.device.type == "cuda")  # [EasyR1]
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), **adam)
-        options.generate_batch = batch_that_fits(self.actor, options, self.policy)
+        n = options.generate_batch = batch_that_fits(self.actor, options, self.policy)
         self.step = self.drawn = 0  # steps done; questions drawn by all processes
         if (checkpoints := sorted(self.out.glob("checkpoints/??????"))) and options.resume:
             dcp.load({"run": self}, checkpoint_id=checkpoints[-1], no_dist=self.world == 1)
         self.out.mkdir(parents=True, exist_ok=True)
         self.write("metrics.jsonl", dict(method=options.method, config=dataclasses.asdict(options)))
-        place = f"{self.world} x {self.actor.device}, {options.generate_batch} answers at once"
-        say(f"{options.method} from step {self.step}, {place}")
+        say(f"{options.method} at step {self.step}, {self.world} x {self.actor.device}, {n} answers at once")
 
     def write(self, name: str, record: dict):
         if self.rank == 0:

@@ -89,7 +89,7 @@ def guesses(policy: Watched, encoder, problem, blank, ids: list[int]) -> dict[st
     }
     for bound in BOUNDS:
         found[f"first regret above {bound}"] = first(worst(regret), -bound)
-    cut = len(tgrl.before_doubt(answer, encoder.tokenizer))
+    cut = len(tgrl.before_doubt(answer, encoder.tokenizer.decode))
     found["tgrl.before_doubt"] = next(i for i, (a, b) in enumerate(bounds) if a <= cut < b)
     return found
 
