@@ -882,8 +882,9 @@ def test_answers_do_not_see_each_other(world):
     assert torch.equal(before[2:], after[2:]) and torch.equal(before[0], after[0])
 
 
-def test_gradient_checkpointing_changes_nothing(world):
-    batch, grads = tgrl.pack(make_groups(world.encoder, 2)), []
+def test_gradient_checkpointing_recomputes_and_changes_nothing(world):
+    batch, grads, calls = tgrl.pack(make_groups(world.encoder, 2)), [], []
+    world.model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     for enable in (world.model.activation_checkpointing_disable, world.model.activation_checkpointing_enable):
         enable()
         world.policy.train().zero_grad()
@@ -891,7 +892,7 @@ def test_gradient_checkpointing_changes_nothing(world):
         grads.append(torch.cat([p.grad.flatten() for p in world.model.parameters()]))
     world.model.activation_checkpointing_disable()
     world.policy.eval().zero_grad()
-    assert torch.allclose(*grads, rtol=1e-5, atol=1e-6)
+    assert len(calls) == 1 + 2 and torch.allclose(*grads, rtol=1e-5, atol=1e-6)
 
 
 # ===== Experts: the command, as a user starts it ======================================================
