@@ -685,7 +685,7 @@ def test_the_prompt_is_pictures_in_order_then_question_then_instruction(world):
 def test_bad_rows_are_named_and_good_ones_kept(world, tmp_path, monkeypatch, capsys):
     good = {"problem": "<image>Why?", "answer": "1", "images": [encoded(noise(random.Random(0), 56, 56))]}
     bad = {
-        "BadInput: it needs problem .or question. and answer; its columns are problem, answer, images": [
+        "BadInput: problem .or question. or answer is empty; its columns are problem, answer, images": [
             good | {"answer": None},
             good | {"problem": " "},
         ],
@@ -1713,7 +1713,7 @@ def test_a_command_has_its_own_options_and_refuses_anothers(monkeypatch, capsys,
     assert "Unrecognized" in refused
 
 
-ENDS = [("train --experts no.jsonl", "no --experts no.jsonl; make it by `tgrl.py experts`")]
+ENDS = [("train --experts no.jsonl", "no --experts no.jsonl"), ("train --n_on 1", "--n_on must be at least")]
 ENDS += [("", "the toy is for one process; start it by `python tgrl.py`")]
 
 

@@ -35,7 +35,6 @@ L tokens a row, D hidden size, V vocabulary. Names: log pi_theta is logp; log pi
 behavior_logp; m is expert_ok, r~ the coefficient, beta of Eq. 20 the sharpness, beta of Eq. 24 kl_coef.
 
 What the paper leaves open, and what is done here (reasons in README.md):
-
     gradient through w                 none
     a wrong expert answer              stays in mean, std and averages; m takes its gradient away
     KL                                 k3 estimator, a mean over the policy's own answers (`train` scales it)
@@ -391,7 +390,7 @@ def read_problem(row: dict, source: str = "") -> Problem:
     if len(images) == 1 and PLACEHOLDER not in question:
         question = PLACEHOLDER + question  # some 2 % of ViRL39K lost theirs
     if "" in (answer, question.replace(PLACEHOLDER, "")):
-        raise BadInput(f"it needs problem (or question) and answer; its columns are {columns}")
+        raise BadInput(f"problem (or question) or answer is empty; its columns are {columns}")
     if not question.count(PLACEHOLDER) == len(images) > 0:
         raise BadInput(f"{question.count(PLACEHOLDER)} times {PLACEHOLDER} for {len(images)} pictures")
     content = hashlib.sha256(repr((question, answer)).encode() + b"".join(images))
@@ -412,11 +411,10 @@ class Encoder:  # question -> prompt, the same way for rollouts, experts, traini
         self.unwritable = torch.tensor(sorted({getattr(model.config, name) for name in names}.union(beyond)))
 
     def __call__(self, problem: Problem) -> Prompt:
-        content = []
+        parts = []
         for i, part in enumerate(problem.question.split(PLACEHOLDER)):
-            content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": part}] * bool(part.strip())
-        content.append({"type": "text", "text": " " + self.options.instruction})
-        chat = [{"role": "user", "content": content}]
+            parts += [dict(type="image")] * (i > 0) + [dict(type="text", text=part)] * bool(part.strip())
+        chat = [{"role": "user", "content": [*parts, dict(type="text", text=" " + self.options.instruction)]}]
         text = self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         limits = dict(min_pixels=self.options.min_pixels, max_pixels=self.options.max_pixels)
         pictures = [fetch_image({"image": Image.open(io.BytesIO(i)), **limits}) for i in problem.images]
@@ -543,9 +541,9 @@ def grade(ids: list[int], problem: Problem, encoder: Encoder) -> Trajectory:
 
 
 def rollout(actor, encoder: Encoder, problems: list[Problem], n: int, temperature: float = 1) -> list[Group]:
-    """n graded answers to each question; at most --generate_batch, and 64 questions, at once."""
-    groups = []
-    for part in batches(problems, min(64, encoder.options.generate_batch // n)):  # prefilled together
+    """n graded answers to each question; at once at most --generate_batch, and 128 questions."""
+    groups, size = [], min(128, encoder.options.generate_batch // max(2, n))  # a prefill takes memory, too
+    for part in batches(problems, size):
         prompts = [encoder(problem) for problem in part]
         answers = sample(actor, encoder, prompts, n, temperature)
         for problem, prompt, some in zip(part, prompts, answers, strict=True):
@@ -560,7 +558,6 @@ def rollout(actor, encoder: Encoder, problems: list[Problem], n: int, temperatur
 #   p, the position of the question's last token, is below P - 1, as a picture's tokens share positions.
 #   An answer begins with a copy of the question's last token (at p), which predicts its first one, and lacks
 #   its own last token. So the hidden states of segments 1 to G predict the answers' tokens, in order.
-#
 #   attention:      question  answer 1  answer 2     A token sees what stands before it in the question and in
 #       question    causal       .         .         its own answer. Log-probs and gradients are those of G
 #       answer 1    all        causal      .         rows, for P + G*T tokens instead of G*(P + T).
@@ -612,8 +609,7 @@ class Policy(nn.Module):  # a Qwen2.5-VL, be it student, expert or reference, as
         layer, width = model.model.language_model.layers[0], model.config.text_config.hidden_size
         self.c1_by_c2 = sum(p.numel() for p in layer.parameters()) / (2 * width)  # 2 * weights / (4 * width)
 
-    def token_logp(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """hidden [tokens, D], target [tokens] -> log-probs [tokens], in float32."""
+    def token_logp(self, hidden: Tensor, target: Tensor) -> Tensor:  # [tokens, D] -> [tokens], in float32
         logits = self.model.lm_head(hidden).float()
         logits = logits.index_fill(-1, self.unwritable.to(logits.device), -torch.inf)  # [tokens, V]
         return -nn.functional.cross_entropy(logits, target.to(logits.device), reduction="none")
@@ -669,9 +665,10 @@ def read_cache(path: Path, questions: Iterable[str]) -> dict[str, list[Trajector
             raise BadInput(f"{path} holds a record that is not an answer with a log-prob for each token")
         if (question := record.pop("question")) in experts:
             experts[question].append(Trajectory(**record | {"is_expert": True}))
-    rewards = [t.reward for some in experts.values() for t in some]
-    answered = sum(map(bool, experts.values()))
-    say(f"{path}: {len(rewards)} answers to {answered} of {len(experts)} questions, {sum(rewards):.0f} right")
+    answers = [t for some in experts.values() for t in some]
+    right, cut = sum(t.reward == 1 for t in answers), sum(not t.finished for t in answers)
+    answered = f"{len(answers)} answers to {sum(map(bool, experts.values()))} of {len(experts)} questions"
+    say(f"{path}: {answered}, {right} right, {cut} truncated")
     return experts
 
 
@@ -886,8 +883,7 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
     def load_state_dict(self, state: dict):
         self.step, self.drawn = state.pop("step"), state.pop("drawn")
         set_state_dict(self.policy, self.optimizer, **state)
-        for group in self.optimizer.param_groups:  # --lr may be another now
-            group["lr"] = self.options.lr
+        self.optimizer.param_groups[0]["lr"] = self.options.lr  # it may be another now
 
     @torch.no_grad()
     def refresh_actor(self):
@@ -950,8 +946,8 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
             sums[name] += value
             counts[name] += count
         means = {name: sums[name] / counts[name] for name in sums if counts[name]}
-        gist = ("accuracy", "reward", "expert_reward", "contrast", "entropy", "grad_norm", "seconds")
-        told = [f"{name} {means[name]:.3g}" for name in gist if name in means]
+        gist = "accuracy reward expert_reward contrast truncated entropy grad_norm seconds"
+        told = [f"{name} {means[name]:.3g}" for name in gist.split() if name in means]
         say(f"step {self.step:>3}/{self.options.steps}  {'  '.join(told)}")
         self.write("metrics.jsonl", {"step": self.step, **means})
         return means
@@ -1190,6 +1186,10 @@ def toy(options: Toy):
 def main():
     try:
         options = tyro.cli(Toy | Experts | Train, default=Toy(), description=__doc__, use_underscores=True)
+        for name, value in vars(options).items():
+            least = {"n_on": 2, "n_off": 0, "generate_batch": 0, "seed": 0}.get(name, 1)
+            if type(value) is int and value < least:
+                raise BadInput(f"--{name} must be at least {least}, not {value}")
         {Toy: toy, Experts: make_experts, Train: train}[type(options)](options)
         torch.distributed.destroy_process_group()  # else threads of gloo may outlive Python, and abort it
     except (BadInput, OSError, KeyboardInterrupt) as error:
