@@ -1212,7 +1212,7 @@ def test_the_policy_begins_as_the_actor_to_the_bit(tied):
     processor = tgrl.toy_processor("Think first.")
     actor = tgrl.tiny_model(processor.tokenizer, hidden=64, layers=2, vision_layers=1, tied=tied)
     encoder = tgrl.Encoder(processor, actor, tgrl.Options(**tgrl.TOY))
-    policy = tgrl.make_policy(actor, encoder, torch.float32)
+    policy = tgrl.make_policy(actor, encoder)
     for (name, mine), (other, full) in zip(policy.named_parameters(), actor.named_parameters(), strict=True):
         assert name == f"model.{other}" and torch.equal(mine.full_tensor(), full)
     for mine, full in zip(policy.buffers(), actor.buffers(), strict=True):
@@ -1227,7 +1227,7 @@ def test_in_bfloat16_the_policy_is_the_actor(world):
     for p in actor.parameters():
         p.data = p.data.bfloat16()
     batch = tgrl.pack(make_groups(world.encoder, 2))
-    policy = tgrl.make_policy(actor, world.encoder, torch.bfloat16)
+    policy = tgrl.make_policy(actor, world.encoder)
     with torch.no_grad():
         assert torch.equal(policy.eval()(batch), tgrl.Policy(actor, world.encoder.unwritable)(batch))
 

@@ -817,12 +817,12 @@ class Train(Options):
         self.cache = Path(self.experts) if self.n_off and self.experts != "self" else None
 
 
-def make_policy(actor, encoder: Encoder, dtype: torch.dtype) -> Policy:
-    """The actor's weights in float32, sharded by FSDP2, which gathers a block in dtype when it runs."""
+def make_policy(actor, encoder: Encoder) -> Policy:
+    """The actor's weights in float32, sharded by FSDP2, which gathers a block in its dtype when it runs."""
     with torch.device("meta"):  # so that no process ever holds all of it
         policy = Policy(Qwen2_5_VLForConditionalGeneration(actor.config).float(), encoder.unwritable)
     # cast_forward_inputs would round the vision tower's rotary embeddings, which the actor does not.
-    precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(actor.dtype, torch.float32, cast_forward_inputs=False)
     for block in [*policy.model.model.visual.blocks, *policy.model.model.language_model.layers, policy]:
         fully_shard(block, mp_policy=precision)
     policy.to_empty(device=actor.device)
@@ -857,9 +857,8 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
             if not any(self.experts.values()):
                 why = "as they are asked here; was it made for other data, instruction, pixels or tokenizer?"
                 raise BadInput(f"{options.cache} answers none of these questions {why}")
-        parts = self.actor, self.encoder, dtype
-        self.policy = make_policy(*parts)  # is trained; sharded
-        self.reference = make_policy(*parts).requires_grad_(False) if options.kl_coef else None
+        self.policy = make_policy(self.actor, self.encoder)  # is trained; sharded
+        self.ref = make_policy(self.actor, self.encoder).requires_grad_(False) if options.kl_coef else None
         if options.checkpointing:
             self.policy.model.activation_checkpointing_enable()
         adam = dict(lr=options.lr, weight_decay=0.01, fused=self.actor.device.type == "cuda")  # [EasyR1]
@@ -868,6 +867,7 @@ class Run:  # what a step reads or changes; its state_dict is what a checkpoint 
         self.step = self.drawn = 0  # steps done; questions drawn by all processes
         if (checkpoints := sorted(self.out.glob("checkpoints/??????"))) and options.resume:
             dcp.load({"run": self}, checkpoint_id=checkpoints[-1], no_dist=self.world == 1)
+        self.accelerator.wait_for_everyone()  # all have seen whether --out holds a run before one writes
         self.out.mkdir(parents=True, exist_ok=True)
         self.write("metrics.jsonl", dict(method=options.method, config=dataclasses.asdict(options)))
         say(f"{options.method} at step {self.step}, {self.world} x {self.actor.device}, {n} answers at once")
@@ -1027,7 +1027,7 @@ def train(options: Train) -> dict:
                 behavior_logp = torch.where(batch.behavior_logp.isnan(), logp.detach(), batch.behavior_logp)
                 labels = batch.mask, batch.advantages, batch.is_expert, batch.expert_ok
                 shares = token_shares(batch.mask, options.average, len(lengths), sum(lengths))
-                kl = dict(kl_coef=kl_coef, ref_logp=run.reference(batch)) if run.reference else {}
+                kl = dict(kl_coef=kl_coef, ref_logp=run.ref(batch)) if run.ref else {}
                 loss, totals = tgrl_loss(logp, behavior_logp, *labels, shares, **clip, **kl)  # Eq. 17-25
                 (loss * run.world).backward()  # FSDP averages gradients over processes
                 for t, new, old in zip(answers_of(part), logp.tolist(), behavior_logp.tolist(), strict=True):

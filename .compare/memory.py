@@ -129,7 +129,7 @@ def main():
         with FakeTensorMode(allow_non_fake_inputs=True), card:
             actor, processor = bench.build(name, torch.bfloat16)
             held = [card.now]
-            policy = tgrl.make_policy(actor, tgrl.Encoder(processor, actor, tgrl.Options()), torch.bfloat16)
+            policy = tgrl.make_policy(actor, tgrl.Encoder(processor, actor, tgrl.Options()))
             held.append(card.now - sum(held))
             policy.model.activation_checkpointing_enable()
             optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
