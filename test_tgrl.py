@@ -1008,7 +1008,7 @@ def test_two_writers_do_not_tear_each_others_records(tmp_path):
 def test_answers_that_could_not_be_graded_are_told(folder, tmp_path, monkeypatch, capsys):
     tgrl.grader_errors.clear()
     monkeypatch.setattr(tgrl, "reward", lambda text, answer: float(tgrl.is_equivalent("1 + x", answer)))
-    monkeypatch.setattr(tgrl.grading_process, "schedule", lambda *_, **__: int("a ValueError"))
+    give_the_grading_process(monkeypatch, int, "x")
     tgrl.make_experts(tgrl.Experts(**folder.shared | dict(experts=f"{tmp_path}/experts.jsonl")))
     assert "could not be graded, and count as wrong: {'ValueError': 24}" in capsys.readouterr().out
     tgrl.grader_errors.clear()
@@ -1017,14 +1017,14 @@ def test_answers_that_could_not_be_graded_are_told(folder, tmp_path, monkeypatch
 # ----- experts that the policy makes itself
 
 
-def test_a_wrong_answer_is_cut_before_the_first_step_with_a_doubted_token():
-    tokens = ["w", " 3", ".", "5", ".", " area", " 4", ".\n", "total", " 7", "\n", "5"]
-    cuts = {0: 0, 3: 0, 4: 0, 5: 5, 6: 5, 7: 5, 8: 8, 10: 8, 11: 11}  # doubted token -> tokens before the cut
-    for doubted, (low, last) in product(cuts, [(-2.5, -9.0), (-1.9, -1.8)]):  # the first; or the most doubted
-        logp = [-0.1] * 11 + [last]
-        logp[doubted] = low
-        t = tgrl.Trajectory([*range(12)], "", 0.0, logp=logp)
-        assert tgrl.before_doubt(t, tokens.__getitem__) == t.ids[: cuts[doubted]]
+def test_a_wrong_answer_is_cut_before_the_first_step_with_a_doubted_token(world):
+    tokenizer = copy.deepcopy(world.processor.tokenizer)
+    tokenizer.add_tokens([".\n"])  # as Qwen's has
+    ids = tokenizer("width 3.5. area 4.\ntotal 7\n5").input_ids
+    cuts = {0: 0, 3: 0, 4: 0, 5: 0, 6: 6, 8: 6, 9: 6, 10: 10, 13: 10, 14: 10, 15: 15}  # doubted: kept
+    for (doubted, kept), (low, last) in product(cuts.items(), [(-2.5, -9), (-1.9, -1.8)]):  # first; lowest
+        logp = [low if i == doubted else -0.1 for i in range(15)] + [last]
+        assert tgrl.before_doubt(tgrl.Trajectory(ids, "", 0.0, logp=logp), tokenizer.decode) == ids[:kept]
 
 
 def test_a_rectified_answer_has_the_log_probs_it_was_sampled_with(world, monkeypatch):

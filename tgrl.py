@@ -414,7 +414,7 @@ class Encoder:  # question -> prompt, the same way for rollouts, experts, traini
         parts = []
         for i, part in enumerate(problem.question.split(PLACEHOLDER)):
             parts += [dict(type="image")] * (i > 0) + [dict(type="text", text=part)] * bool(part.strip())
-        chat = [{"role": "user", "content": [*parts, dict(type="text", text=" " + self.options.instruction)]}]
+        chat = [dict(role="user", content=[*parts, dict(type="text", text=" " + self.options.instruction)])]
         text = self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         limits = dict(min_pixels=self.options.min_pixels, max_pixels=self.options.max_pixels)
         pictures = [fetch_image({"image": Image.open(io.BytesIO(i)), **limits}) for i in problem.images]
@@ -733,9 +733,9 @@ TRIES = 8  # continuations sampled from before the suspect step
 
 def before_doubt(t: Trajectory, decode) -> list[int]:
     """What stands before the first sentence or line with a token that the policy doubts."""
-    # The first, as what follows a slip is doubted, too. A sentence or line ends in the token before the \0.
+    # The first, as what follows a slip is doubted, too. A step begins behind a line break, or ". " or such.
     cut = next((i for i, logp in enumerate(t.logp) if logp < DOUBTED), t.logp.index(min(t.logp)))
-    while cut and not re.match(r"[^\0]*([.!?;]\0?\s|\n)", "\0".join(map(decode, t.ids[cut - 1 : cut + 1]))):
+    while cut and not re.search(r"(?s)\n.|[.!?;]\s", decode(t.ids[cut - 1]) + decode(t.ids[cut])[:1]):
         cut -= 1
     return t.ids[:cut]
 
