@@ -289,7 +289,7 @@ BENCHMARKS = {
     "mmmu-pro": Benchmark(mmmu, "MMMU/MMMU_Pro", "test", "standard (10 options)"),
     "mmmu-pro-vision": Benchmark(mmmu, "MMMU/MMMU_Pro", "test", "vision"),
     "mmstar": Benchmark(mmstar, "Lin-Chen/MMStar", "val"),
-    "toy": Benchmark(problems, "runs/toy/world/test.parquet", "test"),
+    "toy": Benchmark(problems, str(tgrl.TOY_WORLD / "test.parquet"), "test"),
     "problems": Benchmark(problems, "problems.jsonl", "test"),  # any: problems=held_out.jsonl
 }
 FIVE = list(BENCHMARKS)[:5]  # the paper's

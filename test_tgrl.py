@@ -28,8 +28,10 @@ from statistics import mean, stdev
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder fails at once
+sys.path.append(str(Path(__file__).resolve().parent / ".toy"))
 
 import datasets
+import make
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -43,7 +45,7 @@ import tgrl
 from tgrl import BadInput, extract_boxed, group_advantages, is_equivalent, reward, tgrl_loss, token_shares
 
 HERE = Path(tgrl.__file__).resolve().parent
-LAW = {"tgrl.py": 1200, "eval.py": 800, "test_tgrl.py": 1800, "README.md": 250}
+LAW = {"tgrl.py": 1200, "eval.py": 800, "README.md": 250}
 
 # ===== The loss, against the paper's equations as plain loops =========================================
 
@@ -341,8 +343,8 @@ def agree(ours, theirs, logp):
 def test_without_experts_it_is_the_loss_of_trl(tmp_path):
     """GRPOTrainer's own _compute_loss, on log-probs that we hand it."""
     trl = pytest.importorskip("trl")
-    tokenizer = tgrl.toy_processor("Think first.").tokenizer
-    model = tgrl.tiny_model(tokenizer, hidden=64, layers=1, vision_layers=1)
+    tokenizer = make.make_processor().tokenizer
+    model = make.make_model(len(tokenizer), hidden=64, layers=1, vision_layers=1)
     data = datasets.Dataset.from_list([{"prompt": [{"role": "user", "content": "Why?"}]}] * 8)
     options = dict(per_device_train_batch_size=8, num_generations=8, use_bias_correction_kl=False)
     config = trl.GRPOConfig(output_dir=str(tmp_path), report_to="none", bf16=False, use_cpu=True, **options)
@@ -597,8 +599,8 @@ def tiny_world(**options):
     torch.manual_seed(0)
     small = dict(min_pixels=28 * 28, max_pixels=112 * 112, max_answer=24)
     options = tgrl.Options(**tgrl.TOY | small | options)
-    processor = tgrl.toy_processor(options.instruction)
-    model = tgrl.tiny_model(processor.tokenizer, hidden=64, layers=2, vision_layers=2).eval()
+    processor = make.make_processor(options.instruction)
+    model = make.make_model(len(processor.tokenizer), hidden=64, layers=2, vision_layers=2).eval()
     encoder = tgrl.Encoder(processor, model, options)
     policy = tgrl.Policy(model, encoder.unwritable).eval()
     return SimpleNamespace(options=options, processor=processor, model=model, encoder=encoder, policy=policy)
@@ -1209,8 +1211,8 @@ def test_a_gradient_that_is_not_finite_or_nothing_changes_nothing(folder, tmp_pa
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_policy_begins_as_the_actor_to_the_bit(tied):
     tgrl.start_processes()
-    processor = tgrl.toy_processor("Think first.")
-    actor = tgrl.tiny_model(processor.tokenizer, hidden=64, layers=2, vision_layers=1, tied=tied)
+    processor = make.make_processor()
+    actor = make.make_model(len(processor.tokenizer), hidden=64, layers=2, vision_layers=1, tied=tied)
     encoder = tgrl.Encoder(processor, actor, tgrl.Options(**tgrl.TOY))
     policy = tgrl.make_policy(actor, encoder)
     for (name, mine), (other, full) in zip(policy.named_parameters(), actor.named_parameters(), strict=True):
@@ -1689,10 +1691,10 @@ def test_the_page_of_a_training_has_its_weights_and_no_markup_of_models(folder, 
 
 def test_toy_answers_follow_the_rules():
     rng = random.Random(0)
-    right, wrong = tgrl.toy_answer(rng, 3, 4, 1.0), tgrl.toy_answer(rng, 3, 4, 0.0)
+    right, wrong = make.write_answer(rng, 3, 4, 1.0), make.write_answer(rng, 3, 4, 0.0)
     steps = "area = 3*4 = 12. edge = 2*7 = 14. total = 12+14 = 26"
     assert right == f"<think>width 3, height 4. {steps}</think>\\boxed{{26}}"
-    assert reward(right, tgrl.toy_row(rng, 3, 4)["answer"]) == 1.0
+    assert reward(right, make.make_row(rng, 3, 4)["answer"]) == 1.0
     assert "3+4 = 7. edge = 1*7 = 7. total = 7-7 = 0" in wrong and reward(wrong, "26") == 0.0
 
 

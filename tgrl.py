@@ -54,7 +54,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import re
 import shutil
 import time
@@ -68,7 +67,6 @@ from typing import Literal
 import datasets
 import math_verify
 import pebble
-import tokenizers
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
@@ -76,7 +74,7 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object, send_to_device
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
-from PIL import Image, ImageDraw
+from PIL import Image
 from qwen_vl_utils import fetch_image
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -1046,141 +1044,82 @@ def train(options: Train) -> dict:
     return run.report([run.between_steps()])
 
 
-# ===== 8. The toy world: everything above, tiny and real, on a CPU ====================================
-# A picture shows a w x h grid; asked is its area plus its edge. An answer reads two sides off the picture
-# (perception) and takes three steps (transitions), each by its right rule or a wrong one. The expert mostly
-# takes the right ones. The student sees as well, but goes wrong after it, the failure of Fig. 1 (B).
+# ===== 8. The toy: everything above, tiny and real, on a CPU ==========================================
+# .toy/ holds questions, a student and an expert, made once; its README says how, and how good they are.
 
-TOY_QUESTION = "<image>What is the area of the grid plus the length of its edge?"
-TOY_SIDES = list(itertools.product(range(1, 8), range(1, 8)))
-TOY_LOOKING = 0.4  # asked to look again, a model is right at least so often: IVR-R1's premise, granted
-TOY = dict(instruction="Think first.", min_pixels=56 * 56, max_pixels=56 * 56, max_answer=80)
-TOY.update(generate_batch=192, micro_batch=8)
-TOY_TEMPLATE = "<|im_start|>user\n{% for part in messages[0].content %}{{ part.text or '<|vision_start|>"
-TOY_TEMPLATE += "<|image_pad|><|vision_end|>' }}{% endfor %}<|im_end|>\n<|im_start|>assistant{{ '\\n' }}"
+TOY_WORLD = Path(__file__).resolve().parent / ".toy"
+TOY = dict(  # how the toy's questions are asked and answered
+    instruction="Think first.",
+    min_pixels=56 * 56,
+    max_pixels=56 * 56,
+    max_answer=80,
+    generate_batch=192,
+    micro_batch=8,
+)
 
 
 @dataclasses.dataclass
 class Toy:
-    """Warm up a tiny student and expert; train the student without and with the expert; compare."""
+    """Train the toy's student without and with its expert, and compare."""
 
     algorithm: Literal["dapo", "grpo"] = "dapo"  # DAPO beside TGRL-DAPO, or GRPO beside TGRL-GRPO
     experts: Literal["cache", "self"] = "cache"  # of the expert model, or made by the policy itself
-    steps: int = 24  # of each training
+    steps: int = 32  # of each training
     seed: int = 1  # of the order of questions and of sampling
     out: str = "runs/toy"  # folder of all files
 
 
-def toy_row(rng: random.Random, w: int, h: int) -> dict:  # in the schema of hiyouga/geometry3k
-    cell, x, y = 7, rng.randint(0, 3), rng.randint(0, 3)
-    image, ink = Image.new("RGB", (56, 56), "white"), tuple(rng.randint(0, 110) for _ in "rgb")
-    for i, j in itertools.product(range(w), range(h)):
-        box = [x + i * cell + 1, y + j * cell + 1, x + i * cell + 6, y + j * cell + 6]
-        ImageDraw.Draw(image).rectangle(box, ink)
-    return {"images": [image], "problem": TOY_QUESTION, "answer": str(w * h + 2 * (w + h))}
-
-
-def toy_answer(rng: random.Random, w: int, h: int, p_right: float) -> str:  # p_right: of each transition
-    a, area = ("*", w * h) if rng.random() < p_right else ("+", w + h)
-    e, edge = (2, 2 * (w + h)) if rng.random() < p_right else (1, w + h)
-    t, total = ("+", area + edge) if rng.random() < p_right else ("-", area - edge)
-    steps = f"area = {w}{a}{h} = {area}. edge = {e}*{w + h} = {edge}. total = {area}{t}{edge} = {total}"
-    return f"<think>width {w}, height {h}. {steps}</think>\\boxed{{{total}}}"
-
-
-def toy_processor(instruction: str):  # a byte-level BPE, one token a digit; Qwen2.5-VL's image processor
-    names = "endoftext im_start im_end vision_start vision_end image_pad video_pad"  # ids 0 to 6
-    special = [f"<|{name}|>" for name in names.split()]
-    texts = [toy_answer(random.Random(i), w, h, 0.5) for i, (w, h) in enumerate(TOY_SIDES)]
-    texts.append(f"user\n{TOY_QUESTION.replace(PLACEHOLDER, '')} {LOOK} {instruction}\nassistant\n")
-    bpe, splits = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
-    words = splits.Split(tokenizers.Regex(r"\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s+"), "isolated")
-    in_bytes = splits.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer, bpe.decoder = splits.Sequence([words, in_bytes]), tokenizers.decoders.ByteLevel()
-    options = dict(vocab_size=384, special_tokens=special, initial_alphabet=in_bytes.alphabet())
-    bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(show_progress=False, **options))
-    ends = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=special)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **ends)
-    parts = transformers.Qwen2VLImageProcessor(), tokenizer, transformers.Qwen2VLVideoProcessor()
-    return transformers.Qwen2_5_VLProcessor(*parts, chat_template=TOY_TEMPLATE)
-
-
-def tiny_model(tokenizer, hidden: int = 128, layers: int = 3, vision_layers: int = 2, tied: bool = True):
-    shape = dict(hidden_size=hidden, intermediate_size=2 * hidden, initializer_range=0.06)
-    text = dict(vocab_size=len(tokenizer), num_hidden_layers=layers, bos_token_id=None, eos_token_id=2)
-    text |= dict(num_attention_heads=hidden // 32, num_key_value_heads=max(1, hidden // 64), pad_token_id=0)
-    text |= dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]))
-    vision = dict(depth=vision_layers, num_heads=hidden // 32, fullatt_block_indexes=[vision_layers - 1])
-    parts = dict(text_config=shape | text, vision_config=shape | vision | dict(out_hidden_size=hidden))
-    ids = dict(vision_start_token_id=3, vision_end_token_id=4, image_token_id=5, video_token_id=6)
-    config = transformers.Qwen2_5_VLConfig(**parts, **ids, tie_word_embeddings=tied)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)
-    return model
-
-
-def teach(policy: Policy, encoder: Encoder, pool: list, rng, p_right: float, steps: int, lr: float):
-    optimizer = torch.optim.AdamW(policy.parameters(), lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):  # each on 16 grids with 4 answers, each transition right with p_right
-        groups = []
-        for w, h, looking, prompt in rng.sample(pool, 16):
-            texts = [toy_answer(rng, w, h, max(p_right, TOY_LOOKING * looking)) for _ in range(4)]
-            ids = [encoder.tokenizer(text).input_ids + [encoder.tokenizer.eos_token_id] for text in texts]
-            groups.append(Group(None, prompt, [Trajectory(i, "", 0.0) for i in ids]))
-        batch = pack(groups)
-        (-policy(batch).sum() / batch.mask.sum()).backward()
-        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-
-
-def toy_world(folder: Path):  # questions, and an expert and a student that share one warmed-up base
-    say("warming up a base model, an expert and a student: about a minute, once")
-    torch.manual_seed(0)
-    rng, processor, beside = random.Random(0), toy_processor(TOY["instruction"]), folder.with_suffix(".tmp")
-    model = tiny_model(processor.tokenizer)
-    encoder, text = Encoder(processor, model, Options(**TOY)), datasets.Value("string")
-    columns = datasets.Features(images=[datasets.Image()], problem=text, answer=text)
-    for name in ("train", "test"):
-        rows = [toy_row(rng, *rng.choice(TOY_SIDES)) for _ in range(192)]
-        datasets.Dataset.from_list(rows, columns).to_parquet(beside / f"{name}.parquet")
-    pool = []  # grids to warm up on, every fourth with the request to look again
-    for i, (w, h) in enumerate(rng.choices(TOY_SIDES, k=400)):
-        problem, looking = read_problem(toy_row(rng, w, h)), i % 4 == 0
-        pool.append((w, h, looking, look_again(problem, [], encoder) if looking else encoder(problem)))
-    warm_ups = {"base": (0.5, 200, 2e-3), "expert": (0.97, 60, 1e-3), "student": (0.02, 60, 1e-3)}
-    for name, how in warm_ups.items():
-        model = model if name == "base" else load_model(beside / "base")[0]
-        teach(Policy(model, encoder.unwritable), encoder, pool, rng, *how)
-        model.save_pretrained(beside / name)
-        processor.save_pretrained(beside / name)
-    beside.rename(folder)
+def greedy_accuracy(model: str, data: Path) -> float:
+    actor, processor = load_model(model)
+    encoder = Encoder(processor, actor, Options(**TOY))
+    problems = load_problems(str(data), "test", encoder)
+    answers = answers_of(rollout(actor, encoder, problems, n=1, temperature=0))
+    return sum(t.reward for t in answers) / len(answers)
 
 
 def toy(options: Toy):
+    start = time.perf_counter()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise BadInput("the toy is for one process; start it by `python tgrl.py`")
-    start, out, world, accuracy = time.perf_counter(), Path(options.out), Path(options.out, "world"), {}
-    if not world.exists():
-        toy_world(world)
-    shared = TOY | dict(data=f"{world}/train.parquet")
-    experts = "self" if options.experts == "self" else f"{out}/experts.jsonl"
-    if experts != "self":
-        make_experts(Experts(model=f"{world}/expert", experts=experts, samples=2, **shared))
-    shared |= dict(model=f"{world}/student", val_data=f"{world}/test.parquet", experts=experts)
-    shared |= dict(algorithm=options.algorithm, steps=options.steps, seed=options.seed, lr=1e-4, every=4)
-    shared |= dict(max_draws=2 if options.algorithm == "dapo" else 1, checkpointing=False)
-    shared |= dict(questions_per_rollout=24, questions_per_update=24)
+    if not TOY_WORLD.exists():
+        raise BadInput(f"no folder {TOY_WORLD}; it comes with the repository, beside tgrl.py")
+
+    data, cache = f"{TOY_WORLD}/train.parquet", f"{options.out}/experts.jsonl"
+    if options.experts == "cache":
+        make_experts(Experts(model=f"{TOY_WORLD}/expert", data=data, experts=cache, samples=2, **TOY))
+
+    accuracy = {}
     for n_on, n_off in ((8, 0), (7, 1)):
-        training = Train(n_on=n_on, n_off=n_off, **shared)
-        training.out = f"{out}/{training.method}"
+        training = Train(
+            model=f"{TOY_WORLD}/student",
+            data=data,
+            val_data=f"{TOY_WORLD}/test.parquet",
+            experts=cache if options.experts == "cache" else "self",
+            algorithm=options.algorithm,
+            n_on=n_on,
+            n_off=n_off,
+            steps=options.steps,
+            questions_per_rollout=24,
+            questions_per_update=24,
+            max_draws=2 if options.algorithm == "dapo" else 1,
+            lr=4e-4,
+            checkpointing=False,
+            every=4,
+            seed=options.seed,
+            **TOY,
+        )
+        training.out = f"{options.out}/{training.method}"
         shutil.rmtree(training.out, ignore_errors=True)  # of an earlier toy
-        accuracy[training.method] = train(training)["accuracy"]
-    print(f"\nHeld-out greedy accuracy after {options.steps} steps of 24 questions, 8 answers to each:")
-    print("\n".join(f"  {method:10} {value:6.1%}" for method, value in accuracy.items()))
-    print(f"{time.perf_counter() - start:.0f} seconds; to look at both: python eval.py show {out}/*PO")
+        known = train(training)["accuracy"]
+        unseen = greedy_accuracy(f"{training.out}/model", TOY_WORLD / "unseen.parquet")
+        accuracy[training.method] = known, unseen
+
+    print(f"\nGreedy accuracy after {options.steps} steps of 24 questions, 8 answers to each:")
+    print(f"  {'':10} new pictures   new pairs of sides")
+    for method, (known, unseen) in accuracy.items():
+        print(f"  {method:10} {known:12.1%} {unseen:20.1%}")
+    seconds = time.perf_counter() - start
+    print(f"{seconds:.0f} seconds; to look at both: python eval.py show {options.out}/*PO")
 
 
 def main():

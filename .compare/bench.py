@@ -19,8 +19,10 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / ".toy")]
 
+import make
 import torch
 import transformers
 from PIL import Image
@@ -36,9 +38,9 @@ PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM
 
 def build(name: str, dtype: torch.dtype):
     """In place of tgrl.load_model: random weights."""
-    processor = tgrl.toy_processor("Think first.")
+    processor = make.make_processor()
     if name in TINY:
-        return tgrl.tiny_model(processor.tokenizer, *TINY[name]).to(dtype), processor
+        return make.make_model(len(processor.tokenizer), *TINY[name]).to(dtype), processor
     text = dict(zip(TEXT.split(), REAL[name], strict=True))
     text["rope_parameters"] = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
     vision = dict(hidden_size=1280, out_hidden_size=REAL[name][0])  # the rest: transformers' defaults

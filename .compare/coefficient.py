@@ -23,9 +23,9 @@ COLORS = {1.0: "#56B4E9", 5.0: "#0072B2", 14.0: "#D55E00"}  # by sharpness
 
 def real_tokens(toy: Path, reward: float):
     """-> logp, behavior_logp, mask [N, T] of the expert's answers with this reward."""
-    model, processor = tgrl.load_model(str(toy / "world/student"))
+    model, processor = tgrl.load_model(str(tgrl.TOY_WORLD / "student"))
     encoder = tgrl.Encoder(processor, model, tgrl.Options(**tgrl.TOY))
-    problems = tgrl.load_problems(f"{toy}/world/train.parquet", "train", encoder)
+    problems = tgrl.load_problems(f"{tgrl.TOY_WORLD}/train.parquet", "train", encoder)
     experts = tgrl.read_cache(toy / "experts.jsonl", [p.id for p in problems])
     groups = []
     for problem in problems:

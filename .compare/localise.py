@@ -1,7 +1,6 @@
 """Which sign tells the step at which an answer goes wrong?  Slips planted in the toy's answers.
 
-    python tgrl.py
-    python .compare/localise.py runs/toy/world
+    python .compare/localise.py
 
 An answer by the rules that the model mostly follows (the expert's are right, the student's wrong) gets one
 slip: a side misread in the first of its four steps, or a wrong number in one of the others; what follows is
@@ -17,8 +16,10 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / ".toy")]
 
+import make
 import torch
 from PIL import Image
 
@@ -39,7 +40,7 @@ class Watched(tgrl.Policy):
 
 
 def planted(rng: random.Random, w: int, h: int, right: bool, place: int) -> str:
-    """An answer in the form of tgrl.toy_answer, with a slip in step `place`."""
+    """An answer in the form of make.write_answer, with a slip in step `place`."""
     if place == 0:
         w = rng.choice([side for side in range(1, 8) if side != w])
     slip = rng.choice([-3, -2, -1, 1, 2, 3])
@@ -94,14 +95,14 @@ def guesses(policy: Watched, encoder, problem, blank, ids: list[int]) -> dict[st
     return found
 
 
-def try_model(name: str, world: Path, n: int):
-    model, processor = tgrl.load_model(str(world / name))
+def try_model(name: str, n: int):
+    model, processor = tgrl.load_model(str(tgrl.TOY_WORLD / name))
     encoder = tgrl.Encoder(processor, model, tgrl.Options(**tgrl.TOY))
     policy, rng, hits = Watched(model, encoder.unwritable).eval(), random.Random(1), {}
     Image.new("RGB", (56, 56), "white").save(white := io.BytesIO(), "PNG")
     for _ in range(n):
-        (w, h), place = rng.choice(tgrl.TOY_SIDES), rng.randrange(4)
-        problem = tgrl.read_problem(tgrl.toy_row(rng, w, h))
+        (w, h), place = rng.choice(make.ALL_SIDES), rng.randrange(4)
+        problem = tgrl.read_problem(make.make_row(rng, w, h))
         blank = tgrl.Problem("", problem.question, [white.getvalue()], problem.answer)
         text = planted(rng, w, h, name == "expert", place)
         ids = processor.tokenizer(text).input_ids + [processor.tokenizer.eos_token_id]
@@ -119,11 +120,10 @@ def try_model(name: str, world: Path, n: int):
 def main():
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("world", type=Path, help="folder `world` of a toy, with its student and expert")
     parser.add_argument("--slips", type=int, default=200, metavar="N", help="slips to plant (default 200)")
     options = parser.parse_args()
     for name in ("student", "expert"):
-        try_model(name, options.world, options.slips)
+        try_model(name, options.slips)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Tables 1 and 2 of the paper in miniature, on the toy: what each part of the method does, with error bars.
 
+The results in tables.jsonl are of the former toy, which each machine made anew; see README.md.
+
     python .compare/tables.py                                 tables of the results in .compare/tables.jsonl
     python .compare/tables.py --results runs/tables.jsonl     makes them anew: 160 trainings of about a minute
 
@@ -16,10 +18,14 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / ".toy")]
+
+import make
 
 import tgrl
 
+WORLD = tgrl.TOY_WORLD
 # Table 1: what is changed, and the paper's average over its five benchmarks, of a 7B student trained on Geo3K
 VARIANTS = {
     "TGRL": ({}, {"grpo": 58.46, "dapo": 59.51}),
@@ -50,34 +56,30 @@ def cells():
                 yield algorithm, "TGRL", "usual", sharpness
 
 
-def make_poor_expert(world: Path):
-    rng, (model, processor) = random.Random(0), tgrl.load_model(f"{world}/base")
-    encoder, pool = tgrl.Encoder(processor, model, tgrl.Options(**tgrl.TOY)), []
-    for w, h in rng.choices(tgrl.TOY_SIDES, k=400):
-        pool.append((w, h, False, encoder(tgrl.read_problem(tgrl.toy_row(rng, w, h)))))
-    tgrl.teach(tgrl.Policy(model, encoder.unwritable), encoder, pool, rng, 0.82, 60, 1e-3)
-    processor.save_pretrained(world / "poor")
-    model.save_pretrained(world / "poor")
+def make_poor_expert(folder: Path):
+    rng, (model, processor) = random.Random(0), tgrl.load_model(f"{WORLD}/expert")
+    encoder = tgrl.Encoder(processor, model, tgrl.Options(**tgrl.TOY))
+    lessons = make.make_lessons(rng, encoder)
+    make.warm_up(model, encoder, lessons, rng, p_right=0.82, steps=100, lr=1e-3)
+    processor.save_pretrained(folder / "poor")
+    model.save_pretrained(folder / "poor")
 
 
 def make_world(folder: Path):
-    """The toy's world, the poor expert, and a cache of each expert's answers."""
-    world = folder / "world"
-    if not world.exists():
-        tgrl.toy_world(world)
-    if not (world / "poor/model.safetensors").exists():
-        make_poor_expert(world)
-    for expert, model in (("usual", "expert"), ("poor", "poor")):
-        cache = dict(experts=f"{folder}/{expert}.jsonl", samples=2, data=f"{world}/train.parquet")
-        tgrl.make_experts(tgrl.Experts(model=f"{world}/{model}", **cache, **tgrl.TOY))
+    """The poor expert, and a cache of each expert's answers."""
+    if not (folder / "poor/model.safetensors").exists():
+        make_poor_expert(folder)
+    for expert, model in (("usual", WORLD / "expert"), ("poor", folder / "poor")):
+        cache = dict(experts=f"{folder}/{expert}.jsonl", samples=2, data=f"{WORLD}/train.parquet")
+        tgrl.make_experts(tgrl.Experts(model=str(model), **cache, **tgrl.TOY))
 
 
 def train(folder: Path, cell: tuple, seed: int) -> float:
     """Accuracy of one training, with the settings of tgrl.toy; evaluated before it and at its end alone."""
-    (algorithm, variant, expert, sharpness), world = cell, folder / "world"
-    shared = tgrl.TOY | dict(data=f"{world}/train.parquet", val_data=f"{world}/test.parquet", every=10**6)
-    shared |= dict(steps=24, lr=1e-4, questions_per_rollout=24, questions_per_update=24, checkpointing=False)
-    shared |= dict(model=f"{world}/student", experts=f"{folder}/{expert}.jsonl", out=f"{folder}/run")
+    algorithm, variant, expert, sharpness = cell
+    shared = tgrl.TOY | dict(data=f"{WORLD}/train.parquet", val_data=f"{WORLD}/test.parquet", every=10**6)
+    shared |= dict(steps=32, lr=4e-4, questions_per_rollout=24, questions_per_update=24, checkpointing=False)
+    shared |= dict(model=f"{WORLD}/student", experts=f"{folder}/{expert}.jsonl", out=f"{folder}/run")
     shared |= dict(algorithm=algorithm, sharpness=sharpness, seed=seed)
     shared["max_draws"] = 2 if algorithm == "dapo" else 1
     shutil.rmtree(shared["out"], ignore_errors=True)

@@ -1,7 +1,7 @@
 """TGRL in TRL: a GRPOTrainer that puts cached experts into groups and calls tgrl_loss; on the toy.
 
 pip install trl
-python tgrl.py                                          makes the toy's world and its cache of experts
+python tgrl.py                                          makes the toy's cache of experts
 python .compare/trl_recipe.py runs/toy --steps 12       trains its student by TRL; measures before and after
 """
 
@@ -110,7 +110,7 @@ def main():
     parser.add_argument("--loss_type", default="dapo", choices=["dapo", "grpo"], help="default dapo")
     parser.add_argument("--plain", action="store_true", help="without experts: TRL as it is, for comparison")
     options = parser.parse_args()
-    world, toy = options.toy / "world", tgrl.Options(**tgrl.TOY)
+    world, toy = tgrl.TOY_WORLD, tgrl.Options(**tgrl.TOY)
     model, processor = tgrl.load_model(f"{world}/student")
     encoder = tgrl.Encoder(processor, model, toy)
     processor.image_processor.size = {"shortest_edge": toy.min_pixels, "longest_edge": toy.max_pixels}

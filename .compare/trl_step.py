@@ -24,9 +24,11 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / ".toy")]
 
 import datasets
+import make
 import torch
 import trl
 from PIL import Image
@@ -49,8 +51,8 @@ class Clock(TrainerCallback):
 def make_files(shape, folder: Path) -> list[Image.Image]:
     """A model with random weights, and questions with noise for pictures."""
     torch.manual_seed(0)
-    processor, side, rng = tgrl.toy_processor(INSTRUCTION), shape.pixels, random.Random(0)
-    model = tgrl.tiny_model(processor.tokenizer, shape.hidden, shape.layers, shape.vision_layers)
+    processor, side, rng = make.make_processor(INSTRUCTION), shape.pixels, random.Random(0)
+    model = make.make_model(len(processor.tokenizer), shape.hidden, shape.layers, shape.vision_layers)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     pictures, rows = [], []
