@@ -41,6 +41,8 @@ import tgrl
 from tgrl import BadInput, is_equivalent
 
 LETTERS = "ABCDEFGHIJ"
+COUNT = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+UNICODE = {"²": "^2", "³": "^3", "√": r"\sqrt ", "π": r"\pi ", "×": r"\times ", "−": "-", "°": ""}
 
 # ===== 1. Rules: (what was said, the record with answer and choices) -> right or wrong ================
 
@@ -58,9 +60,15 @@ def find_answer(text: str) -> str | None:
     return answers[-1].split("\n")[0].strip() or None if answers else short and short[1].strip()
 
 
+def without_latex(text: str) -> str:  # without formula signs, text commands and spaces
+    text = re.sub(r"(?<!\\)\\[\[\]()]|\\?\$|\\!", "", text)
+    text = re.sub(r"\\(?:text|math)(?:rm|bf|it|normal)?\s*\{([^{}]*)\}", r" \1 ", text)
+    return re.sub(" +", " ", re.sub(r"(?<!\\)\\(?:[,;: ]|q?quad\b)|[\s~]", " ", text)).strip()
+
+
 def plain(text: str) -> str:
     """Without LaTeX's text commands and spaces, formula signs, bold, a full stop at the end, and case."""
-    text = tgrl.without_latex(re.sub(r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3})", ",", text))
+    text = without_latex(re.sub(r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3})", ",", text))
     return text.replace("**", "").strip().rstrip(" .").lower()
 
 
@@ -76,7 +84,9 @@ def choice(said: str, item: dict) -> bool:
     right, letters = texts.get(item["answer"], ""), "".join(options or LETTERS).lower()
     if words in set(texts.values()) - set(letters):
         return words == right  # a text that is there twice is right for both
-    label = re.match(rf"(?:option |choice |answer:? )?[(\[]?([{letters}])(?:[)\]][.:]?|[.:]|$) ?(.*)", words)
+    label = re.match(
+        rf"(?:option |choice |answer:? )?[(\[]?([{letters}])(?:[)\]][.:]?|[.:]|$) ?(.*)", words
+    )
     if label:  # not "A: no", where B is no
         other = label[2] in set(texts.values()) - {texts.get(label[1].upper())}
         another = r"(?:^|[,;/&(]|\band |\bor )\s*\(?[a-j](?:[).:]|$| *(?:[,;/&]|and\b|or\b))"  # "B. or C."
@@ -84,8 +94,12 @@ def choice(said: str, item: dict) -> bool:
         return label[1].upper() == item["answer"] and not other and not several
     if label := re.match(rf"([{letters}])[ ,=-]+\(?(.*?)\)?$", words):  # "B 35", but not "a line"
         return label[1].upper() == item["answer"] and right != "" and is_equivalent(label[2], right)
-    fits = is_equivalent(said, options.get(item["answer"], ""))  # first, as each may take two seconds
-    return fits and not any(is_equivalent(said, options[key]) for key in options if texts[key] != right)
+    fits = is_equivalent(
+        said, options.get(item["answer"], "")
+    )  # first, as each may take two seconds
+    return fits and not any(
+        is_equivalent(said, options[key]) for key in options if texts[key] != right
+    )
 
 
 def yes_or_no(said: str, item: dict) -> bool:
@@ -106,7 +120,7 @@ def number(text: str) -> float | None:
     if len(text) > 100 or re.search(NO_NUMBER, text):
         return None
     if not re.search(r"\d", text):  # there are two
-        text = re.sub(rf"\b({'|'.join(tgrl.COUNT)})\b", lambda word: str(tgrl.COUNT.index(word[0])), text)
+        text = re.sub(rf"\b({'|'.join(COUNT)})\b", lambda word: str(COUNT.index(word[0])), text)
     found = re.fullmatch(BEFORE + VALUE + AFTER, text)
     try:
         value = float(found[1].replace(",", "").replace(" ", "")) / float(found[2] or 1)
@@ -117,7 +131,7 @@ def number(text: str) -> float | None:
 
 def exact(answer: str) -> float | None:
     """The value of pi or a root in a benchmark's own answer."""
-    parsed = math_verify.parse(f"${answer.strip('$').translate(str.maketrans(tgrl.UNICODE))}$")
+    parsed = math_verify.parse(f"${answer.strip('$').translate(str.maketrans(UNICODE))}$")
     real = parsed and getattr(parsed[0], "is_number", False) and parsed[0].is_real
     return float(parsed[0].evalf()) if real else None
 
@@ -139,12 +153,16 @@ def parts(said: str, item: dict) -> bool:
     """Answers of several lines: as many are said; letters in any order, others equivalent and in this one."""
     wanted = [part.strip() for part in item["answer"].split("\n") if part.strip()]
     if all(re.fullmatch(r"\(?[A-J]\)?", part) for part in wanted):
-        here, there = (re.sub(r"\band\b|[^a-z]", "", plain(text)) for text in (said, item["answer"]))
+        here, there = (
+            re.sub(r"\band\b|[^a-z]", "", plain(text)) for text in (said, item["answer"])
+        )
         return sorted(here) == sorted(there)
     some = [said]
     if len(wanted) > 1:
         said = re.sub(r"\\text\s*\{\s*and\s*\}", " and ", said)
-        said = re.sub(r"^\W*[\[({]([^\[\](){}]*)[\])}]\W*$", r"\1", said.replace("\\}", "}"))  # [0, 8]
+        said = re.sub(
+            r"^\W*[\[({]([^\[\](){}]*)[\])}]\W*$", r"\1", said.replace("\\}", "}")
+        )  # [0, 8]
         seams = r"[;\n]|\\\\|\band\b|,(?!\d{3}(?!\d))(?![^(\[]*[)\]])"  # no comma in a number or brackets
         some = [part for part in re.split(seams, said) if part.strip()]
     return len(some) == len(wanted) and all(map(is_equivalent, some, wanted))
@@ -164,10 +182,16 @@ RULES = {rule.__name__: rule for rule in (equivalent, choice, yes_or_no, rounded
 
 def judge(texts: list[str], item: dict) -> dict:
     """What was found in each answer, whether it is right, and how often the grader failed."""
-    find = tgrl.extract_boxed if item["rule"] == "equivalent" else find_answer  # training rewards boxes alone
+    find = (
+        tgrl.extract_boxed if item["rule"] == "equivalent" else find_answer
+    )  # training rewards boxes alone
     found, before = [find(text) for text in texts], tgrl.grader_errors.total()
     correct = [bool(said and RULES[item["rule"]](said, item)) for said in found]
-    return {"extracted": found, "correct": correct, "grader_errors": tgrl.grader_errors.total() - before}
+    return {
+        "extracted": found,
+        "correct": correct,
+        "grader_errors": tgrl.grader_errors.total() - before,
+    }
 
 
 # ===== 2. Benchmarks: where rows are, how one becomes a question, and what differs from the official rule
@@ -194,19 +218,30 @@ def split_options(text: str) -> list[str]:
 
 def problems(row: dict) -> dict:
     """Any file or data set that train takes."""
-    return row | {"rule": "equivalent", "by": {"category": row["category"]} if row.get("category") else {}}
+    return row | {
+        "rule": "equivalent",
+        "by": {"category": row["category"]} if row.get("category") else {},
+    }
 
 
 def mathvista(row: dict) -> dict:
     """Official: a language model extracts the answer, and the option of least edit distance is taken."""
     meta, kind = row["metadata"], row["answer_type"]
     by = {"type": row["question_type"], "task": meta["task"], "language": meta["language"]}
-    item = {"problem": row["query"], "image": row["decoded_image"], "answer": row["answer"], "by": by}
+    item = {
+        "problem": row["query"],
+        "image": row["decoded_image"],
+        "answer": row["answer"],
+        "by": by,
+    }
     if row["question_type"] == "multi_choice":
         letter = LETTERS[row["choices"].index(row["answer"])]
         return item | {"rule": "choice", "answer": letter, "choices": row["choices"]}
     if kind == "list":
-        return item | {"rule": "parts", "answer": "\n".join(map(str, ast.literal_eval(row["answer"])))}
+        return item | {
+            "rule": "parts",
+            "answer": "\n".join(map(str, ast.literal_eval(row["answer"]))),
+        }
     rule = {"integer": "rounded", "float": "rounded", "text": "parts"}[kind]
     return item | {"rule": rule, "precision": int(row["precision"] or 0) if kind == "float" else 0}
 
@@ -238,7 +273,9 @@ def mathverse(row: dict) -> dict:
     item = row | {"problem": row["query_cot"], "by": by}
     choices = split_options(row["question_for_eval"].partition("Choices:")[2])
     answer = row["answer"].strip("() ")
-    answer = LETTERS[choices.index(answer)] if answer in choices else answer  # four rows give the text
+    answer = (
+        LETTERS[choices.index(answer)] if answer in choices else answer
+    )  # four rows give the text
     if re.fullmatch("[A-J]", answer):
         return item | {"answer": answer, "rule": "choice", "choices": choices}
     return item | {"rule": "parts"}
@@ -265,7 +302,7 @@ def mmmu(row: dict) -> dict:
     numbers = re.findall(r"<image (\d+)>", shown)
     images = [row[f"image_{i}"] for i in numbers] or [row.get("image") or row["image_1"]]
     by = {"subject": row.get("subject") or re.sub(r"^[a-z]+_|_\d+$", "", row["id"])}
-    item = {"problem": re.sub(r"<image \d+>", tgrl.PLACEHOLDER, shown), "images": images, "by": by}
+    item = {"problem": re.sub(r"<image \d+>", tgrl.IMAGE, shown), "images": images, "by": by}
     if options:
         return item | {"rule": "choice", "answer": answer, "choices": options}
     if answer.startswith("["):
@@ -308,13 +345,19 @@ PAPER = {  # Tables 1 and 3, in the order of FIVE: Qwen2.5-VL-7B, before and aft
 class Run:
     """Answer benchmarks into --out, a record for each row, and report. Continues where it was killed."""
 
-    model: tyro.conf.Positional[str] = ""  # hub id or folder; one in a training's folder is asked as trained
-    benchmarks: tyro.conf.Positional[tuple[str, ...]] = ()  # NAME, or NAME=SOURCE: a hub id, file or folder
+    model: tyro.conf.Positional[str] = (
+        ""  # hub id or folder; one in a training's folder is asked as trained
+    )
+    benchmarks: tyro.conf.Positional[
+        tuple[str, ...]
+    ] = ()  # NAME, or NAME=SOURCE: a hub id, file or folder
     out: Path = Path("runs/eval")  # folder of the records, begun or continued
     temperature: float = 0.0  # 0: the likeliest answer
     samples: int = 1  # answers a question, for mean@k and pass@k
     rescore: bool = False  # only grade the records in --out again, without a model
-    instruction: str | None = None  # stands behind each question; this and the next three: None is as trained
+    instruction: str | None = (
+        None  # stands behind each question; this and the next three: None is as trained
+    )
     min_pixels: int | None = None  # smaller pictures are enlarged to this many pixels
     max_pixels: int | None = None  # larger pictures are reduced to this many pixels
     max_answer: int | None = None  # answers are truncated after this many tokens
@@ -333,8 +376,12 @@ def as_asked(options: Run) -> dict:
     if path := next((path for path in paths if model.exists() and path.is_file()), None):
         tgrl.say(f"asking as {path} says the model was trained")
         for header in tgrl.read_records(path):
-            asked |= {name: value for name, value in header.get("config", {}).items() if name in ASKED}
-    return asked | {name: getattr(options, name) for name in ASKED if getattr(options, name) is not None}
+            asked |= {
+                name: value for name, value in header.get("config", {}).items() if name in ASKED
+            }
+    return asked | {
+        name: getattr(options, name) for name in ASKED if getattr(options, name) is not None
+    }
 
 
 def read_sources(options: Run) -> dict[str, str]:
@@ -344,7 +391,9 @@ def read_sources(options: Run) -> dict[str, str]:
         if name not in BENCHMARKS:
             raise BadInput(f"there is no benchmark {name!r}; {known}")
         if name in sources:
-            raise BadInput(f"{name} is there twice; give each an evaluation, and an --out, of its own")
+            raise BadInput(
+                f"{name} is there twice; give each an evaluation, and an --out, of its own"
+            )
         sources[name] = path or BENCHMARKS[name].hub
     if not sources:
         raise BadInput(f"give a model and benchmarks, name or name=path; {known}")
@@ -360,7 +409,9 @@ def load(name: str, source: str, limit: int) -> list[dict]:
     except BadInput:
         if not source.startswith("lmms-lab/"):
             raise
-        return load(name, source.replace("lmms-lab/", "lmms-lab-encoder/"), limit)  # some have moved
+        return load(
+            name, source.replace("lmms-lab/", "lmms-lab-encoder/"), limit
+        )  # some have moved
     for row in rows:
         try:
             tgrl.read_problem(benchmark.read(row), source)
@@ -396,14 +447,18 @@ def begin(out: Path, headers: dict[str, dict], how: dict) -> dict[str, set[int]]
         for key, value in headers.get(name, how).items():
             if header.get(key) != value:
                 there = f"{key} is {header.get(key)!r} there and {value!r} here"
-                raise BadInput(f"{out}/{name}.jsonl is of another evaluation: {there}. Give another --out")
+                raise BadInput(
+                    f"{out}/{name}.jsonl is of another evaluation: {there}. Give another --out"
+                )
     out.mkdir(parents=True, exist_ok=True)
     for name in headers.keys() - found.keys():
         tgrl.append_records(out / f"{name}.jsonl", [headers[name]])
     return {name: set(found[name][1]) if name in found else set() for name in headers}
 
 
-def answer_batch(part: list, header: dict, encoder: tgrl.Encoder, model, options: Run) -> list[dict]:
+def answer_batch(
+    part: list, header: dict, encoder: tgrl.Encoder, model, options: Run
+) -> list[dict]:
     """The records of some rows, (number, row) pairs, that are answered at once."""
     prompts, asked, records = [], [], []
     for index, row in part:
@@ -421,7 +476,11 @@ def answer_batch(part: list, header: dict, encoder: tgrl.Encoder, model, options
             wrong = {"extracted": [None] * options.samples, "correct": [False] * options.samples}
             records.append(record | wrong | {"error": f"{type(error).__name__}: {error}"})
     torch.manual_seed(hash((options.seed, part[0][0])))
-    answers = tgrl.sample(model, encoder, prompts, options.samples, options.temperature) if prompts else []
+    answers = (
+        tgrl.sample(model, encoder, prompts, options.samples, options.temperature)
+        if prompts
+        else []
+    )
     for record, some in zip(asked, answers, strict=True):
         texts = [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in some]
         finished = [ids[-1] in encoder.ends for ids in some]
@@ -429,21 +488,35 @@ def answer_batch(part: list, header: dict, encoder: tgrl.Encoder, model, options
     return records
 
 
-def evaluate(header: dict, rows: list, done: set, encoder: tgrl.Encoder, model, options: Run, accelerator):
+def evaluate(
+    header: dict, rows: list, done: set, encoder: tgrl.Encoder, model, options: Run, accelerator
+):
     """Answer what is not answered yet, each process its share of the batches."""
     # One division into batches, whatever is done and however many processes: so answers stay the same.
     parts = tgrl.batches(list(enumerate(rows)), options.generate_batch // options.samples)
     todo = [part for part in parts if not done.issuperset(i for i, _ in part)]
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     name = header["tgrl_eval"]
-    for part in tqdm(mine, unit="batch", desc=name, disable=None if accelerator.is_main_process else True):
+    for part in tqdm(
+        mine, unit="batch", desc=name, disable=None if accelerator.is_main_process else True
+    ):
         records = answer_batch(part, header, encoder, model, options)
-        tgrl.append_records(options.out / f"{name}.jsonl", [r for r in records if r["row"] not in done])
+        tgrl.append_records(
+            options.out / f"{name}.jsonl", [r for r in records if r["row"] not in done]
+        )
 
 
 # ===== 4. The report: table, summary.json, bars.png ===================================================
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito's
+COLORS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+    "#000000",
+)  # Okabe and Ito's
 GREY = "#5b6470"
 
 
@@ -476,7 +549,10 @@ def by_group(records: list[dict]) -> dict:
 
 
 def summarize(header: dict, records: dict[int, dict]) -> dict:
-    readable, errors = [r for r in records.values() if "error" not in r], collections.defaultdict(list)
+    readable, errors = (
+        [r for r in records.values() if "error" not in r],
+        collections.defaultdict(list),
+    )
     for row, record in records.items():
         if "error" in record:
             errors[record["error"]].append(row)
@@ -495,7 +571,9 @@ def summarize(header: dict, records: dict[int, dict]) -> dict:
 def told(name: str, s: dict) -> str:
     low, high = s["interval"]
     passed = "".join(f"   {key} {s[key]:6.1%}" for key in s if key.startswith("pass@"))
-    return f"{name[:34]:34} {s['rows']:5}   {s['accuracy']:6.1%}   {low:6.1%} to {high:6.1%}{passed}"
+    return (
+        f"{name[:34]:34} {s['rows']:5}   {s['accuracy']:6.1%}   {low:6.1%} to {high:6.1%}{passed}"
+    )
 
 
 def print_table(summaries: dict):
@@ -514,9 +592,13 @@ def print_table(summaries: dict):
 def print_paper(here: list[float]):
     print(f"\n{'in %':22}" + "".join(f"{name:>16}" for name in FIVE) + f"{'average':>10}")
     for method, values in {"here": [100 * share for share in here], **PAPER}.items():
-        numbers = "".join(f"{value:16.2f}" for value in values) + f"{statistics.fmean(values):10.2f}"
+        numbers = (
+            "".join(f"{value:16.2f}" for value in values) + f"{statistics.fmean(values):10.2f}"
+        )
         print(f"{method:22}" + numbers.replace("nan", "  –"))
-    print("The paper's models are 7B, trained on Geo3K; it tells neither its prompt, pixels, nor grader.")
+    print(
+        "The paper's models are 7B, trained on Geo3K; it tells neither its prompt, pixels, nor grader."
+    )
 
 
 def draw_bars(runs: dict[str, dict], path: Path):
@@ -528,7 +610,9 @@ def draw_bars(runs: dict[str, dict], path: Path):
         shares = 100 * np.array([s["accuracy"] for s in summaries.values()])
         intervals = 100 * np.array([s["interval"] for s in summaries.values()])
         style = dict(color=COLORS[i], label=label, ecolor="#222", capsize=3)
-        bars = axes.bar(places + i * width, shares, width * 0.92, yerr=abs(intervals.T - shares), **style)
+        bars = axes.bar(
+            places + i * width, shares, width * 0.92, yerr=abs(intervals.T - shares), **style
+        )
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     axes.set_xticks(places + width * (len(runs) - 1) / 2, names, rotation=20, ha="right")
     axes.set(ylabel="accuracy, %, 95 % interval", ylim=(0, 100))
@@ -543,7 +627,11 @@ def report(out: Path):
     if not summaries:
         raise BadInput(f"{out} holds no evaluation; give the --out of `eval.py run`")
     print_table(summaries)
-    whole = {name: s["accuracy"] for name, s in summaries.items() if s["rows"] == s["of"] and not s["limit"]}
+    whole = {
+        name: s["accuracy"]
+        for name, s in summaries.items()
+        if s["rows"] == s["of"] and not s["limit"]
+    }
     here = [whole.get(name, math.nan) for name in FIVE]
     if any(name in summaries for name in FIVE):
         print_paper(here)
@@ -559,7 +647,9 @@ def rescore(out: Path):
     for name, (_, records) in evaluations(out).items():
         judged = {row: r | judge(r["texts"], r) for row, r in records.items() if "texts" in r}
         changed = [row for row in judged if records[row]["correct"] != judged[row]["correct"]]
-        tgrl.append_records(out / f"{name}.jsonl", [r for row, r in judged.items() if r != records[row]])
+        tgrl.append_records(
+            out / f"{name}.jsonl", [r for row, r in judged.items() if r != records[row]]
+        )
         print(f"{name}: {len(changed)} of {len(records)} verdicts changed: rows {changed[:20]}")
     report(out)
 
@@ -570,13 +660,23 @@ def run(options: Run):
     if min(options.samples - 1, options.limit, options.temperature) < 0:
         raise BadInput("--samples must be at least 1, and --temperature and --limit at least 0")
     if options.samples > 1 and not options.temperature:
-        raise BadInput("--samples above 1 needs --temperature above 0: greedy answers are all the same")
+        raise BadInput(
+            "--samples above 1 needs --temperature above 0: greedy answers are all the same"
+        )
     sources, asked = read_sources(options), as_asked(options)
     accelerator, dtype = tgrl.start_processes()
     loaded = {name: load(name, source, options.limit) for name, source in sources.items()}
     model, processor = tgrl.load_model(options.model, dtype)
-    encoder, model = tgrl.Encoder(processor, model, tgrl.Options(**asked)), model.to(accelerator.device)
-    how = {"model": options.model, "model mtime": changed(options.model), "dtype": str(dtype), **asked}
+    encoder, model = (
+        tgrl.Encoder(processor, model, tgrl.Options(**asked)),
+        model.to(accelerator.device),
+    )
+    how = {
+        "model": options.model,
+        "model mtime": changed(options.model),
+        "dtype": str(dtype),
+        **asked,
+    }
     how |= {name: getattr(options, name) for name in ("temperature", "samples", "seed", "limit")}
     headers = {name: {"tgrl_eval": name, "source": sources[name]} | how for name in loaded}
     for name, rows in loaded.items():
@@ -619,16 +719,25 @@ def common_rows(name: str, records: dict, others: dict) -> list[int]:
     rows = [row for row in records if row in others]
     ids = [(records[row].get("id"), others[row].get("id")) for row in rows]
     if not rows or any(None not in pair and pair[0] != pair[1] for pair in ids):
-        raise BadInput(f"{name}: the rows hold different questions; were both made from the same data?")
+        raise BadInput(
+            f"{name}: the rows hold different questions; were both made from the same data?"
+        )
     return rows
 
 
 def compare_one(name: str, first: tuple, second: tuple, rows: list[int], flips: int):
     (header, records), (other, others) = first, second
-    a, b = (np.array([statistics.fmean(some[row]["correct"]) for row in rows]) for some in (records, others))
+    a, b = (
+        np.array([statistics.fmean(some[row]["correct"]) for row in rows])
+        for some in (records, others)
+    )
     low, high = bootstrap(b - a)
     only_a, only_b = (np.array(rows)[more].tolist() for more in (a > b, b > a))
-    p = f"{mcnemar(len(only_a), len(only_b)):.3g}" if header["samples"] == other["samples"] == 1 else "–"
+    p = (
+        f"{mcnemar(len(only_a), len(only_b)):.3g}"
+        if header["samples"] == other["samples"] == 1
+        else "–"
+    )
     shares = f"{len(rows):5}   {a.mean():6.1%}   {b.mean():6.1%}   {(b - a).mean():+6.1%}"
     print(f"{name:16} {shares}   {low:+6.1%} to {high:+6.1%}   {p}")
     for which, some in (("A", only_a), ("B", only_b)):
@@ -650,7 +759,9 @@ def compare(a: Path, b: Path, flips: int = 10):  # B against A
     for name in names:
         rows = common_rows(name, first[name][1], second[name][1])
         compare_one(name, first[name], second[name], rows, flips)
-        for summaries, (header, records) in zip(shown.values(), (first[name], second[name]), strict=True):
+        for summaries, (header, records) in zip(
+            shown.values(), (first[name], second[name]), strict=True
+        ):
             summaries[name] = summarize(header, {row: records[row] for row in rows})
     draw_bars(shown, b / "compare.png")
     print(f"\nwrote {b / 'compare.png'}")
@@ -668,15 +779,22 @@ class Training(NamedTuple):
 
 
 def read_training(folder: Path) -> Training:
-    """Of two records of the same step, or the same group in it, the later counts: a resumed run repeats."""
+    """Of two records of a step the later counts, key by key, and of a group, as a resumed run repeats."""
     paths = (folder / "metrics.jsonl", folder / "groups.jsonl")
     metrics, groups = (list(tgrl.read_records(path)) if path.is_file() else [] for path in paths)
     headers = [record for record in metrics if "config" in record]
-    steps = {record["step"]: record for record in metrics if "step" in record}
+    steps = collections.defaultdict(dict)
+    for record in metrics:
+        if "step" in record:
+            steps[record["step"]] |= record
     groups = {(r["step"], r["question"], *r["images"]): r for r in groups}
     if not headers or not steps or not groups:
-        raise BadInput(f"{folder} has no finished step; give the --out of a training, after its first step")
-    in_order = [sorted(some.values(), key=lambda record: record["step"]) for some in (steps, groups)]
+        raise BadInput(
+            f"{folder} has no finished step; give the --out of a training, after its first step"
+        )
+    in_order = [
+        sorted(some.values(), key=lambda record: record["step"]) for some in (steps, groups)
+    ]
     return Training(folder, headers[-1]["method"], headers[-1]["config"], *in_order)
 
 
@@ -693,7 +811,12 @@ PANELS = {
     "answer_tokens": "Tokens an answer",
 }
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "lines.linewidth": 1.4}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e9ed"}
+STYLE |= {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e9ed",
+}
 STYLE |= {"xtick.color": GREY, "ytick.color": GREY}
 
 
@@ -707,12 +830,16 @@ def draw_curves(runs: list[Training], names: list[str], path: Path):
         for place, metric in enumerate(metrics, 1):
             axes = figure.add_subplot(rows, 3, place, title=PANELS[metric])
             for i, run in enumerate(runs):
-                points = [(record["step"], record[metric]) for record in run.steps if metric in record]
+                points = [
+                    (record["step"], record[metric]) for record in run.steps if metric in record
+                ]
                 x, y = zip(*points, strict=True) if points else ((), ())
                 axes.plot(x, y, color=COLORS[i % len(COLORS)], marker="." if len(x) < 20 else None)
             if metric != "expert_delta":  # which may be negative
                 axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # a small change shall look small
-        handles = [Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2.5) for i in range(len(runs))]
+        handles = [
+            Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2.5) for i in range(len(runs))
+        ]
         figure.legend(handles, names, loc="outside upper left", ncols=4, frameon=False, fontsize=11)
         figure.supxlabel("step", fontsize=9, color=GREY)
         figure.savefig(path, facecolor="white")
@@ -724,11 +851,17 @@ TEMPLATE = Path(__file__).resolve().parent / ".assets" / "groups.html"
 def coefficients(t: dict, config: dict) -> dict:
     """w and r~ of each token of an expert's answer, as they were in training."""
     logp, behavior_logp = torch.tensor([[t["logp"], t["behavior_logp"]]]).unbind(1)  # [1, T] each
-    mask, yes, ok = torch.ones_like(logp).bool(), torch.tensor([True]), torch.tensor([t["expert_ok"]])
+    mask, yes, ok = (
+        torch.ones_like(logp).bool(),
+        torch.tensor([True]),
+        torch.tensor([t["expert_ok"]]),
+    )
     weight, sharpness = torch.ones_like(logp), config["sharpness"]
     if sharpness is not None:  # else w = 1
         weight = tgrl.expert_weights(logp, behavior_logp, mask, sharpness)  # Eq. 18-20
-    coefficient = tgrl.unified_coefficient(logp, behavior_logp, mask, yes, ok, sharpness)  # Eq. 17-23
+    coefficient = tgrl.unified_coefficient(
+        logp, behavior_logp, mask, yes, ok, sharpness
+    )  # Eq. 17-23
     return {"weight": weight[0].tolist(), "coefficient": coefficient[0].tolist()}
 
 
@@ -777,7 +910,9 @@ def show(runs: list[Path]):
         print(f"wrote {os.path.relpath(run.folder)}/curves.png and groups.html")
     if len(loaded) > 1:
         common = Path(os.path.commonpath([folder.parent for folder in folders]))
-        draw_curves(loaded, [str(folder.relative_to(common)) for folder in folders], common / "curves.png")
+        draw_curves(
+            loaded, [str(folder.relative_to(common)) for folder in folders], common / "curves.png"
+        )
         print(f"wrote {os.path.relpath(common / 'curves.png')}")
 
 
@@ -798,3 +933,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    tgrl.leave()

@@ -1,68 +1,87 @@
-"""TGRL: Trajectory-Guided Reinforcement Learning for multimodal RLVR (arXiv 2603.26126), in one file.
+"""TGRL: Trajectory-Guided Reinforcement Learning for multimodal RLVR (arXiv 2603.26126).
 
-    python tgrl.py                                      the method on a toy world, on a CPU, in minutes
-    python tgrl.py experts --data hiyouga/geometry3k    sample, score and grade expert answers into a cache
+    python tgrl.py                                      the method on a toy, on a CPU, in minutes
+    python tgrl.py experts --data hiyouga/geometry3k    cache an expert's answers, scored and graded
     python tgrl.py train --data hiyouga/geometry3k      train Qwen2.5-VL-3B with them
     torchrun --nproc-per-node 8 tgrl.py train ...       the same on eight GPUs
 
-A question with a picture gets a group of answers: most are sampled from the policy, a few come from a
-stronger model, the expert. The method, which is also the order of `train` at the end of section 7:
+A question with a picture gets a group of answers: most are sampled from the policy, a few come from
+a stronger model, the expert. The method, in the order of the function `train`:
 
     for each step:
-        copy the policy into the actor, which samples
-        draw questions, at most max_draws times, until enough groups are chosen; for each question:
-            sample n_on answers from the actor                                     Eq. 13
-            take up to n_off cached answers of the expert, with their log pi_phi   Eq. 14
-            R = 1 if the boxed answer is right, else 0                             Eq. 3
-            A = (R - mean R) / std R, over the whole group                         Eq. 15, 16
-            m = 1 for a right expert answer, 0 for a wrong one                     Eq. 22
-            choose the group if its rewards, those with m = 0 aside, differ; others fill up at the end
-        if several updates follow: compute log pi_old of the policy's chosen answers
-        for each update, on its part of the chosen groups:
+        give the policy's weights to the actor, which samples
+        up to max_draws times, until enough groups are chosen:
+            draw questions, and for each of them:
+                sample n_on answers from the actor                                 Eq. 13
+                add up to n_off answers of the expert, with their log pi_phi       Eq. 14
+                R = 1 if the boxed answer is right, else 0                         Eq. 3
+                A = (R - mean R) / std R, over the whole group                     Eq. 15, 16
+                m = 1 for a right expert answer, 0 for a wrong one                 Eq. 22
+                choose the group if rewards differ among its answers without m = 0
+        if too few are chosen: fill up with groups that are not
+        if the step has several updates: compute log pi_old, by the policy as it is now
+        for each update, on its part of the groups:
             compute log pi_theta of every answer token, with gradient
-            ratio = pi_theta / pi_old; for expert tokens rho = pi_theta / pi_phi   Eq. 17
-            Delta = log pi_phi - log pi_theta; Delta~: standardized in its answer  Eq. 18, 19
+            if the step has one update only: log pi_old is log pi_theta, without gradient
+            ratio = pi_theta / pi_old                                              Eq. 2, 4
+            rho = pi_theta / pi_phi, for the expert's tokens                       Eq. 17
+            Delta = log pi_phi - log pi_theta                                      Eq. 18
+            Delta~ = (Delta - mean Delta) / std Delta, within each expert answer   Eq. 19
             w = sigmoid(beta * Delta~), without gradient                           Eq. 20
-            r~ = ratio; for expert tokens m * w * rho                              Eq. 21, 23
-            J = mean of min(r~ A, clip(r~) A), in GRPO minus a KL                  Eq. 24, 25
+            r~ = ratio, or m * w * rho for the expert's tokens                     Eq. 21, 23
+            share = 1 / (answers * tokens of this answer); DAPO: 1 / all tokens    Eq. 24, 25
+            J = sum of share * min(r~ A, clip(r~) A); GRPO subtracts a KL          Eq. 24, 25
             take a step of AdamW
 
-A right expert's token gets the gradient share * A * w * rho * grad log pi_theta, or none where the clip acts.
-rho = e^-Delta shrinks tokens that the policy underestimates; w, at most 1, those that it knows already.
+So a token of a right expert answer adds share * A * w * rho * grad log pi_theta to the gradient of
+J, or nothing where the clip acts. rho is e^-Delta: where the policy lags behind the expert more
+than elsewhere in this answer, w is near 1, but rho is small; where it lags less, w is near 0. So w
+does not lift what rho damps. It silences the tokens that the policy knows.
 
-Shapes: B questions, G answers a question, N answers in all, P prompt tokens, T answer tokens, R rows,
-L tokens a row, D hidden size, V vocabulary. Names: log pi_theta is logp; log pi_old and log pi_phi are
-behavior_logp; m is expert_ok, r~ the coefficient, beta of Eq. 20 the sharpness, beta of Eq. 24 kl_coef.
+Shapes
+    B questions         G answers to a question      N = B * G answers
+    P prompt tokens     T answer tokens              L tokens of a row of a batch
+    D hidden size       V vocabulary
 
-What the paper leaves open, and what is done here (reasons in README.md):
-    gradient through w                 none
-    a wrong expert answer              stays in mean, std and averages; m takes its gradient away
-    KL                                 k3 estimator, a mean over the policy's own answers (`train` scales it)
-    means over answers, tokens         over all of an update, on all processes, not first within a group
-    whether the rewards differ         judged without filtered answers, though A counts them
-    pi_old                             by the policy before several updates; for a single one pi_theta itself
+Symbols of the paper, and names in this file
+    log pi_theta        logp
+    log pi_old          behavior_logp of the policy's own answers
+    log pi_phi          behavior_logp of the expert's answers
+    m                   expert_ok
+    r~                  coefficient
+    beta of Eq. 20      sharpness
+    beta of Eq. 24      kl_coef
+
+What the paper leaves open, and what is done here (reasons in README.md)
+    gradient through w          none
+    std in Eq. 15 and 19        over n - 1, plus 1e-6
+    a wrong expert answer       counts in mean, std and shares; m = 0 takes its gradient away
+    KL                          the k3 estimator, averaged over the policy's own answers
+    averages of Eq. 24, 25      over the whole update, on all processes
+    clip                        0.2 in GRPO, 0.2 and 0.28 in DAPO; log ratios are cut at 20 [EasyR1]
+    pi_old                      not the sampler's log-probs, which rounding makes slightly different
 """
 
 import base64
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
 import shutil
+import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import datasets
 import math_verify
@@ -75,7 +94,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object, send_to_device
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
 from PIL import Image
-from qwen_vl_utils import fetch_image
+from qwen_vl_utils import fetch_image, smart_resize
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -83,218 +102,353 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoProcessor, Cache, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoProcessor, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.cache_utils import Cache, DynamicLayer
 
-# ===== 1. The loss: Eq. 15-25. It needs torch alone; copy the section as it is. =======================
-# Every answer brings `behavior_logp`, its log-probs under whoever wrote it, pi_old or pi_phi. So the ratio of
-# PPO and Eq. 17 are one line. `shares` says how much each token counts, so an update can be split at will.
+# ===== 1. The loss: Eq. 15-25. It needs torch alone; copy the section as it is. ===================
+# behavior_logp is log pi_old for the policy's own answers, and log pi_phi for the expert's. So the
+# ratio of PPO and Eq. 17 are the same line. And every token has its share of the objective before
+# an update is split into micro-batches, so the split changes nothing.
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
-    """rewards [B, G] of whole groups, policy and expert answers together (Eq. 14) -> advantages [B, G]."""
+    """rewards [B, G] of whole groups, the experts' included (Eq. 14) -> advantages [B, G]."""
     if rewards.shape[1] < 2:
-        raise ValueError(f"a group of {rewards.shape[1]} has nothing to compare; it needs two answers")
-    rewards = rewards - rewards[:, :1]  # so that equal rewards give 0, not what rounding leaves
-    mean = rewards.mean(1, keepdim=True)  # [B, 1]  Eq. 15
-    std = rewards.std(1, keepdim=True)  # [B, 1], over n - 1  Eq. 15
+        raise ValueError(
+            f"a group of {rewards.shape[1]} has nothing to compare; it needs two answers"
+        )
+    rewards = rewards - rewards[:, :1]  # so that equal rewards give exactly 0
+    mean = rewards.mean(dim=1, keepdim=True)  # [B, 1]  Eq. 15
+    std = rewards.std(dim=1, keepdim=True)  # [B, 1], over n - 1  Eq. 15
     return (rewards - mean) / (std + eps)  # Eq. 16
 
 
 @torch.no_grad()
-def expert_weights(logp: Tensor, behavior_logp: Tensor, mask: Tensor, sharpness: float, eps=1e-6) -> Tensor:
-    """w [N, T] in [0, 1]: how much the policy underestimates a token, against the rest of its answer."""
+def expert_weights(
+    logp: Tensor, behavior_logp: Tensor, mask: Tensor, sharpness: float, eps: float = 1e-6
+) -> Tensor:
+    """w [N, T], 0 to 1: how much the policy underestimates a token, within its answer."""
+    # The clamp is EasyR1's; it keeps numbers finite.
     mask = mask.bool()
     delta = torch.where(mask, behavior_logp - logp, 0).clamp(-20, 20)  # [N, T]  Eq. 18
-    count = mask.sum(1, keepdim=True)  # [N, 1]
-    mean = delta.sum(1, keepdim=True) / count.clamp(min=1)
+
+    # Standardized within each answer, over its valid tokens.
+    count = mask.sum(dim=1, keepdim=True)  # [N, 1]
+    mean = delta.sum(dim=1, keepdim=True) / count.clamp(min=1)
     deviation = torch.where(mask, delta - mean, 0)
-    std = (deviation.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    standardized = deviation / (std + eps)  # Eq. 19
+    variance = deviation.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+    standardized = deviation / (variance.sqrt() + eps)  # Eq. 19
     return torch.sigmoid(sharpness * standardized)  # Eq. 20
 
 
-def unified_coefficient(logp, behavior_logp, mask, is_expert, expert_ok, sharpness: float | None) -> Tensor:
-    """r~ [N, T]: the importance ratio; for experts times m * w. Tensors as below; sharpness None: w = 1."""
-    # where: padding may hold anything. clamp: as in EasyR1; beyond it there is no gradient.
-    log_ratio = torch.where(mask.bool(), logp - behavior_logp.detach(), 0).clamp(-20, 20)  # [N, T]
-    ratio = log_ratio.exp()  # Eq. 17, and the ratio of PPO
-    w = 1.0 if sharpness is None else expert_weights(logp, behavior_logp, mask, sharpness)  # Eq. 18-20
+def unified_coefficient(
+    logp: Tensor,
+    behavior_logp: Tensor,
+    mask: Tensor,
+    is_expert: Tensor,
+    expert_ok: Tensor,
+    sharpness: float | None,
+) -> Tensor:
+    """r~ [N, T]: pi_theta / pi_old, or m * w * rho. For the arguments see tgrl_loss below."""
+    # Padding may hold anything. Where the clamp acts, there is no gradient.
+    log_ratio = torch.where(mask.bool(), logp - behavior_logp.detach(), 0).clamp(-20, 20)
+    ratio = log_ratio.exp()  # [N, T]  Eq. 17, and the ratio of PPO
+    if sharpness is None:
+        w = 1.0  # no reweighting
+    else:
+        w = expert_weights(logp, behavior_logp, mask, sharpness)  # [N, T]  Eq. 18-20
     f = ratio * w  # Eq. 21
-    m = expert_ok.to(f.dtype).reshape(len(mask), 1)  # [N, 1]  Eq. 22
-    return torch.where(is_expert.reshape(len(mask), 1), m * f, ratio)  # Eq. 23
+    m = expert_ok[:, None].to(f.dtype)  # [N, 1]  Eq. 22
+    return torch.where(is_expert[:, None], m * f, ratio)  # Eq. 23
 
 
-def token_shares(mask: Tensor, algorithm: str, n_trajectories=None, n_tokens=None) -> Tensor:
-    """[N, T]: a token's share of the objective. n_*: of the whole update; default: of this batch."""
+def token_shares(
+    mask: Tensor, algorithm: str, n_trajectories: int | None = None, n_tokens: int | None = None
+) -> Tensor:
+    """Each token's share of the objective, [N, T], by the average that the algorithm takes.
+
+    The totals are those of the whole update; without them, those of this batch.
+    """
     mask = mask * 1.0
-    if algorithm == "grpo":  # a mean over answers of their means over tokens
-        length = mask.sum(1, keepdim=True).clamp(min=1)
-        return mask / length / (n_trajectories or len(mask))  # 1/|G| 1/|o_i|, |G| of all groups  Eq. 24
-    if algorithm == "dapo":  # a mean over tokens
-        return mask / (n_tokens or mask.sum().clamp(min=1))  # 1/sum |o_i|, over all groups  Eq. 25
+    if algorithm == "grpo":  # the mean over answers of their means over tokens
+        n_trajectories = n_trajectories or len(mask)
+        length = mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return mask / length / n_trajectories  # 1/|o_i| * 1/|G|, over all groups  Eq. 24
+    if algorithm == "dapo":  # the mean over tokens
+        n_tokens = n_tokens or mask.sum().clamp(min=1)
+        return mask / n_tokens  # 1 / sum |o_i|, over all groups  Eq. 25
     raise ValueError(f"algorithm is {algorithm!r}; it can be 'grpo' or 'dapo'")
+
+
+def masked_total(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum and the number of the values where the mask is True."""
+    return torch.where(mask, values.detach(), 0).sum(), mask.sum()
 
 
 def tgrl_loss(
     logp: Tensor,  # [N, T] log pi_theta, with gradient; float32; padding may hold anything
-    behavior_logp: Tensor,  # [N, T] log pi_old (for a single update logp.detach()); log pi_phi for experts
+    behavior_logp: Tensor,  # [N, T] log pi_old, or log pi_phi of experts
     mask: Tensor,  # [N, T] True: an answer token, the end token included
     advantages: Tensor,  # [N] group_advantages(rewards).flatten()
     is_expert: Tensor,  # [N] bool
     expert_ok: Tensor,  # [N] bool, m of Eq. 22; it says nothing of the policy's own answers
-    shares: Tensor,  # [N, T] token_shares(mask, "grpo" or "dapo")
+    shares: Tensor,  # [N, T] by token_shares
     *,
-    sharpness: float | None,
+    sharpness: float | None,  # beta of Eq. 20; None: no reweighting, w = 1
     clip_low: float,
     clip_high: float,
-    kl_coef: float = 0.0,  # beta of Eq. 24; `train` passes beta * all / own answers (or tokens)
+    kl_coef: float = 0.0,  # beta of Eq. 24
     ref_logp: Tensor | None = None,  # [N, T] log pi_ref
+    kl_shares: Tensor
+    | None = None,  # [N, T] token_shares of the own answers; None: those of this batch
 ) -> tuple[Tensor, dict]:
-    """-> (loss, metrics). Without expert answers this is GRPO (Eq. 2) or DAPO (Eq. 4) exactly. A metric is a
-    pair (sum, count), and pairs add up over micro-batches and processes. A filtered expert answer, with r~ 0
-    and A <= 0, adds (1 - clip_low) * A to the surrogate, without gradient; metrics leave it out."""
+    """-> (loss, metrics). Without expert answers this is GRPO (Eq. 2) or DAPO (Eq. 4) exactly.
+
+    A metric is a pair (sum, count); pairs add up over micro-batches and processes. A filtered
+    expert answer has r~ = 0 and A <= 0, so its tokens add a constant to the loss, without gradient:
+    -(1 - clip_low) * A times their shares. Metrics leave it out.
+    """
     assert mask.shape == logp.shape == behavior_logp.shape == shares.shape, "each of them is [N, T]"
-    mask, advantage = mask.bool(), advantages.reshape(len(mask), 1)  # [N, T], [N, 1]
-    own, expert = (mask & who.reshape(len(mask), 1) for who in (~is_expert, is_expert & expert_ok))  # [N, T]
-    coefficient = unified_coefficient(logp, behavior_logp, mask, is_expert, expert_ok, sharpness)  # Eq. 17-23
-    bounded = coefficient.clamp(1 - clip_low, 1 + clip_high)
-    surrogate = torch.minimum(coefficient * advantage, bounded * advantage)  # [N, T]
+    mask = mask.bool()
+
+    # PPO's clipped surrogate, with one coefficient for both kinds of tokens.
+    advantage = advantages[:, None]  # [N, 1]
+    coefficient = unified_coefficient(logp, behavior_logp, mask, is_expert, expert_ok, sharpness)
+    clipped = coefficient.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.minimum(coefficient * advantage, clipped * advantage)  # [N, T]
     loss = -(shares * surrogate).sum()  # Eq. 2, 4, 24, 25
 
-    def total(value: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.where(where, value.detach(), 0).sum(), where.sum()
-
+    # Metrics. With the filter, the kept expert answers are the right ones.
+    is_own = mask & ~is_expert[:, None]  # [N, T]
+    is_kept_expert = mask & (is_expert & expert_ok)[:, None]  # [N, T]
+    objective, _ = masked_total(shares * surrogate, is_own | is_kept_expert)
     metrics = {
-        "objective": (total(shares * surrogate, own | expert)[0], shares.sum()),  # 1 in an update
-        "entropy": total(-logp, own),  # estimated from the tokens that were sampled
-        "ratio": total(coefficient, own),
-        "clipped": total((coefficient * advantage > bounded * advantage).float(), own),  # no gradient there
-        "expert_coefficient": total(coefficient, expert),
-        "expert_delta": total(behavior_logp - logp, expert),
+        "objective": (objective, shares.sum()),  # shares add up to 1 over an update
+        "entropy": masked_total(-logp, is_own),  # estimated from the tokens that were sampled
+        "ratio": masked_total(coefficient, is_own),
+        "clipped": masked_total((surrogate < coefficient * advantage).float(), is_own),
+        "expert_coefficient": masked_total(coefficient, is_kept_expert),
+        "expert_delta": masked_total(behavior_logp - logp, is_kept_expert),
     }
+
+    # GRPO's KL.
     if kl_coef:
         if ref_logp is None:
             raise ValueError("kl_coef needs ref_logp, the log-probs of the reference")
-        gap = torch.where(own, ref_logp.detach() - logp, 0).clamp(-20, 20)  # own answers: k3 needs samples
+        if kl_shares is None:
+            kl_shares = shares * is_own
+            kl_shares = kl_shares / kl_shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
+        # k3 estimates the KL from samples of the policy, so it is taken on the own answers alone.
+        gap = torch.where(is_own, ref_logp.detach() - logp, 0).clamp(-20, 20)
         k3 = gap.expm1() - gap  # e^gap - 1 - gap, precise where it is small
-        loss = loss + kl_coef * (shares * k3).sum()  # Eq. 2, 24
-        metrics["kl"] = total(k3, own)
+        loss = loss + kl_coef * (kl_shares * k3).sum()  # Eq. 2, 24
+        metrics["kl"] = masked_total(k3, is_own)
     return loss, metrics
 
 
-# ===== 2. Reward: is the boxed answer right?   Eq. 3 ==================================================
+# ===== 2. The reward: is the boxed answer right?   Eq. 3 ==========================================
+# Equal as text, or the same letter, or the same by math-verify. Unequal on purpose: lists in
+# another order; 12 cm and 12 centimeters; 7.07 and 5\sqrt{2} ≈ 7.07, of which the exact side
+# counts.
 
-UNICODE = {"²": "^2", "³": "^3", "√": r"\sqrt ", "∞": r"\infty ", "π": r"\pi ", "×": r"\times "}
-UNICODE |= {"−": "-", "–": "-", "º": "°", "˚": "°", "∠": "", "%": " ", "厘": "c", "米": "m"}
-NOTHING = r"\\(?:angle|left|right)(?![a-z])|\\$|^(?:[=≈€]|about )+|[=≈]+$|\.$"  # means nothing
-NOTHING += r"|(?<=\d)(?:\{,\}|,| )(?=\d{3}(?:\D|$))"  # in 10,000
-PLAIN = {NOTHING: "", r" (?:square|sq\.?) ([a-z]+)": r" \1^2", r" cubic ([a-z]+)": r" \1^3"}
-PLAIN |= {r"\^ ?\{? ?(?:\\circ|°|o) ?\}?|\\(?:circ|degree)| deg(?:rees?)?\b": "°", r"\\approx": "≈"}
-PLAIN |= {r"\\sqrt ?(\d+|\([^()]*\))": r"\\sqrt{\1}", r"(?<![A-Za-z\\])pi(?![A-Za-z])": r"\\pi"}
-PLAIN |= {r"(?<!\d)(\d+) (\d+) ?/ ?(\d+)": r"(\1+\2/\3)", r"(?<=[\d)}]) ?units?(?:\^[23])?$": ""}  # 3 1/2
-COUNT = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-WORD = r"(?!(?:and|over|plus|times|half|squared|sin|cos|tan|log|hundred|thousand|.illion)\b)[A-Za-z]{3,}\.?"
-WORD = rf"(?:(?<=[ /])[mgshlLNJVA]|[cmk]m|[mk]g|m[lL]|in\.?|ft|yd|mi|lb|hr|°C?|Ω|€|{WORD})"
-UNIT = rf"(.*(?:[\d)}}]|\\pi)) ?({WORD}(?:[ /]{WORD})*(?: ?\^ ?\{{?[23]\}}?)?)"
-NAME = r"(?:^|(?<=,))(?:[^\d=<>!+*/^-]|(?<=[A-Za-z_ ])\d|(?<=_\{)\d)+="  # m\widehat{AB} = 60, not 2x = 60
-RUN = r"(?<=[\d.]) ?(?:-|x|\*|\\times) ?(?=[\d.])"  # between the numbers of a range or of dimensions
-SENSELESS = r"\d \d|\)\d|^[^A-Za-z]*=[^A-Za-z]*$"  # numbers side by side; 1 = 2
-SENSELESS += r"|(?<![-+,(\[<>=])(?<!^)\\infty|[\w)}][-+]\\infty|\\infty(?!$|[,)\]]|\\(?:\}|cup))"  # oo
-LATEX = dict(is_real=True, conversion_config=ConversionConfig(lowercase_symbols=False))
-LATEX |= dict(normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"))
-# sympy can spend hours in C code on 9^{9^{9^9}}. Fork your processes before its first use; each must stop it.
-grading_process = pebble.ProcessPool(max_workers=1, context=multiprocessing.get_context("fork"))
-math_verify.grader.logger.disabled = True  # it would say once that the timeout is ours
-grader_errors = collections.Counter()  # why answers were not graded -> how many
+LOOKS = {  # how it may be written -> what is compared
+    "\\left": "",
+    "\\right": "",
+    "\\angle": "",
+    "\\,": "",
+    "\\;": "",
+    "\\!": "",
+    "\\(": "",
+    "\\)": "",
+    "\\[": "",
+    "\\]": "",
+    "\\%": "",
+    "%": "",
+    "\\$": "",
+    "$": "",
+    "∠": "",
+    "~": " ",
+    "√": "\\sqrt",
+    "π": "\\pi ",
+    "∞": "\\infty ",
+    "×": "\\times ",
+    "−": "-",
+    "²": "^2",
+    "³": "^3",
+    "\\approx": "≈",
+}
+UNITS = (
+    "[ckm]?m|in|inch|inches|ft|feet|foot|yd|yards?|mi|miles?|[km]?g|pounds?|m?[lL]|units?|dollars?"
+    "|(?:centi|kilo|milli)?meters?|(?:kilo)?grams?|liters?|s|sec|seconds?|min|minutes?|h|hr|hours?"
+    "|days?|weeks?|years?|(?:square|sq\\.?|cubic) [a-z]+|[a-z]+ per [a-z]+|mph|m/s|km/h"
+)
+VALUE_AND_UNIT = rf"(.*(?:[\d)}}]|\\pi))( ?)((?:{UNITS})(?: ?\^ ?\{{?[23]\}}?)?)"  # 5 cm^2
+NAME = r"^[A-Za-z\\][A-Za-z\\_{} ()]*\d?\}? ?[=≈]"  # m\widehat{AB} =, x_1 =
+CHAIN = r"[\d.]+(?: ?(?:[-:&x]|\\times) ?[\d.]+)+"  # 5-3-2, 3:4, 4 \times 6
+LATEX = dict(
+    is_real=True,
+    conversion_config=ConversionConfig(lowercase_symbols=False),
+    normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"),
+)
+math_verify.grader.logger.disabled = True  # it would warn that the timeout is ours
+
+# sympy can spend hours in C code on 9^{9^{9^9}}, so formulas are compared in a process that can be
+# killed. It comes from a server that has loaded this file and no threads, so that a new one takes
+# 0.1 s.
+grading_context = multiprocessing.get_context("forkserver")
+grading_context.set_forkserver_preload([Path(__file__).stem])
+grading_process = pebble.ProcessPool(max_workers=1, context=grading_context)
+grader_errors = collections.Counter()  # why answers could not be graded -> how many
+
+# What an answer can do to it; any other error is the process pool's own.
+UNGRADED = (TimeoutError, pebble.ProcessExpired, RecursionError, MemoryError, ValueError, TypeError)
 
 
 def extract_boxed(text: str) -> str | None:
     """The content of the last \\boxed{...}, up to the brace that closes it, or None."""
-    *before, rest = re.split(r"\\boxed\s*\{", text)
-    depth = 1
-    for sign in re.finditer(r"\\.|[{}]", rest if before else "", re.DOTALL):  # \{ is no brace
-        depth += (sign[0] == "{") - (sign[0] == "}")
+    _, command, content = text.rpartition("\\boxed")
+    content = content.lstrip()
+    if not command or not content.startswith("{"):
+        return None
+
+    # An escaped brace, as in \{1, 2\}, is no brace.
+    braces = content
+    for escaped in ("\\\\", "\\{", "\\}"):
+        braces = braces.replace(escaped, "  ")
+    depth = 0
+    for place, character in enumerate(braces):
+        if character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
         if depth == 0:
-            return rest[: sign.start()].strip()
+            return content[1:place].strip()
     return None
 
 
-def without_latex(text: str) -> str:  # without formula signs, text commands and spaces
-    text = re.sub(r"(?<!\\)\\[\[\]()]|\\?\$|\\!", "", text)
-    text = re.sub(r"\\(?:text|math)(?:rm|bf|it|normal)?\s*\{([^{}]*)\}", r" \1 ", text)
-    return re.sub(" +", " ", re.sub(r"(?<!\\)\\(?:[,;: ]|q?quad\b)|[\s~]", " ", text)).strip()
+def plain(text: str) -> str:
+    """An answer without what LaTeX and habit add to its look."""
+    for written, compared in LOOKS.items():
+        text = text.replace(written, compared)
+    text = re.sub(r"\\(?:text|math)[a-z]*\s*\{([^{}]*)\}", r" \1 ", text)  # \text{cm}
+    text = re.sub(
+        r"\^?\s*\{?\s*(?:\\circ|\\degree|[°º˚])\s*\}?|\bdegrees?\b", " ", text
+    )  # 60^{\circ}
+    text = re.sub(r"(?<=\d)(?:\{,\}|,| )(?=\d{3}(?!\d))", "", text)  # 10,000
+    text = re.sub(r"\\sqrt\s*(\d+|\([^()]*\))", r"\\sqrt{\1}", text)  # √3, √(x + 1)
+    text = re.sub(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi ", text)
+    return " ".join(text.split()).lstrip("=≈ ").rstrip(". ")
 
 
-def value_and_unit(text: str) -> tuple[str, str]:  # the unit, or the words, behind a number
-    text = without_latex(text.translate(str.maketrans(UNICODE)))
-    for written, compared in PLAIN.items():
-        text = re.sub(written, compared, text, flags=re.IGNORECASE).strip()
-    text = str(COUNT.index(text.lower())) if text.lower() in COUNT else text
-    found = re.fullmatch(UNIT, text)
-    return (found[1], re.sub("[^a-z23°]|s$", "", found[2].lower())) if found else (text, "")
+def value_and_unit(text: str) -> tuple[str, str]:
+    found = re.fullmatch(VALUE_AND_UNIT, text)
+    if not found:
+        return text, ""
+    value, space, unit = found.groups()
+    if len(unit) == 1 and not space:
+        return text, ""  # 2h is a product, 2 h are hours
+    return value, re.sub("[ {}]", "", unit)
 
 
-def same_formula(*texts: str) -> bool:
-    """By math-verify, to which a list is a tuple; so are ratios, and of both a range or dimensions."""
-    dashes, sides = all(re.fullmatch(rf"[\d.]+(?:{RUN}[\d.]+)+", text) for text in texts), []
-    for text in texts:
-        text = re.sub(rf"[;:]| and {f'|{RUN}' * dashes}", ",", text.replace("°", ""))
-        if re.search(r",(?![^(\[{]*[)\]}])| or ", text):  # or: a set
-            text = f"({text})" if " or " not in text else rf"\{{{text.replace(' or ', ',')}\}}"
-        sides.append(re.sub(r"(?<!\d) | (?!\d)", "", text))
-    if sides[0] == sides[1] or re.search(SENSELESS, ",".join(sides)):
-        return sides[0] == sides[1]
+def is_letter(prediction: str, letter: str) -> bool:
+    """B, (B), "B. 60" or "B) edge" for B, but not "A. B" or "A, C" for A."""
+    if prediction.strip("()").lower() == letter.lower():
+        return True
+    found = re.fullmatch(rf"\(?{letter}(?:\)[.:]?|[.:])(.*)", prediction)
+    return bool(found) and not re.fullmatch(r"[A-H\W]+", found[1])
+
+
+def words_of(text: str) -> list[str]:
+    """Words and products of variables, but no commands: AB, increases, not \\sin."""
+    return sorted(re.findall(r"(?<![\\a-z])[a-z]{2,}", text.lower()))
+
+
+def same_formula(prediction: str, answer: str) -> bool:
+    """By math-verify."""
+    formulas = []
+    for text in (answer, prediction):
+        if "," in text and not text.startswith(("(", "[", "{", "\\")):
+            text = f"({text})"  # a list is a tuple: 3, 4 is not 4, 3
+        formulas.append(latex2sympy(text, **LATEX))
+    return bool(math_verify.verify(formulas[0], formulas[1], timeout_seconds=None))
+
+
+def same(prediction: str, answer: str) -> bool:
+    """Do two answers mean the same? It runs in the grading process."""
+    prediction = plain(prediction)
+    answer = plain(answer)
+    if re.fullmatch(r"\(?[A-H]\)?", answer):
+        return is_letter(prediction, answer.strip("()"))
+
+    # An option's letter where its value is asked: "B. 60" for 60.
+    prediction = re.sub(r"^(?:\([A-H]\)|[A-H][.:)]) ", "", prediction)
+
+    # A name that only one of the two gives: x = 5 for 5. Of 5√2 ≈ 7.07 the exact side counts.
+    if ("=" in prediction) != ("=" in answer) or ("≈" in prediction) != ("≈" in answer):
+        prediction = re.sub(NAME, "", prediction)
+        answer = re.sub(NAME, "", answer)
+    prediction = prediction.split("≈")[0].strip()
+    answer = answer.split("≈")[0].strip()
+    if ("=" in prediction) != ("=" in answer):
+        return False
+
+    # Of two units one may be missing.
+    prediction, unit = value_and_unit(prediction)
+    answer, other_unit = value_and_unit(answer)
+    if unit and other_unit and unit != other_unit:
+        return False
+
+    # Equal as text, but for spaces. Those between numbers count, as 3 4 is not 34.
+    prediction = re.sub(r"(?<!\d) | (?!\d)", "", prediction)
+    answer = re.sub(r"(?<!\d) | (?!\d)", "", answer)
+    if prediction.lower() == answer.lower():
+        return answer != ""
+
+    # Where words stand, they must be equal: increases is not decreases.
+    if words_of(prediction) != words_of(answer):
+        return False
+
+    # Equal as formulas.
+    for text in (prediction, answer):
+        if text == "" or re.fullmatch(CHAIN, text) or re.search(r"\d \d|\)\d|&", text):
+            return False  # these are none
     try:
-        return bool(math_verify.verify(*(latex2sympy(text, **LATEX) for text in sides), timeout_seconds=None))
+        return same_formula(prediction, answer)
     except Exception:  # it is no mathematics
         return False
 
 
-def same(prediction: str, answer: str) -> bool:  # runs in the grading process
-    (one, unit), (two, other) = value_and_unit(prediction), value_and_unit(answer)
-    if re.fullmatch(r"(?i)\(?[A-H]\)?", two):  # "B", "(B)", or "B. 60" for B, but not "A. B"
-        return bool(re.fullmatch(rf"(?i)\(?{two.strip('()')}(?:\)[.:]?|[.:]|$) ?(?![A-H(),.: ]+$).*", one))
-    one = re.sub(r"(?i)^\(?[A-H](?:\)[.:]?|[.:]) (?=.)", "", one)  # "B. 60", where 60 is asked
-    short, long = sorted((unit, other), key=len)  # cm is short for centimeter
-    fit = short in ("", long) or (len(short) < 4 <= len(long) and re.fullmatch(".*".join([*short, ""]), long))
-    if "" in (one, two) or not fit:
-        return False
-    words = [text.replace(" ", "").lower() for text in (one, two)]
-    if min(map(len, words)) > 1 and any(map(str.isalpha, words)):  # AB is not the product BA
-        return words[0] == words[1]
-    if "≈" in one + two and one.count("≈") < 2:  # not 1 ≈ 2 ≈ 3
-        return any(itertools.starmap(same, itertools.product(one.split("≈"), two.split("≈"))))
-    if ("=" in one) != ("=" in two) or one[0].lower() == two[0].lower():  # V = 5 for 5, for Volume = 5
-        one, two = re.sub(NAME, "", one), re.sub(NAME, "", two)
-    if ("=" in one) != ("=" in two):  # of 2 + 3 = 5 for 5 each side must be right
-        return all(itertools.starmap(same, itertools.product(one.split("="), two.split("="))))
-    return same_formula(two, one)
-
-
-def is_equivalent(prediction: str, answer: str) -> bool:  # do the two mean the same?
+def is_equivalent(prediction: str, answer: str) -> bool:
+    """Do the two mean the same? A timeout or a crash is counted, and is no."""
     if max(len(prediction), len(answer)) > 400:  # nothing longer is compared as mathematics
         return prediction.strip() == answer.strip() != ""
     try:
         return grading_process.schedule(same, (prediction, answer), timeout=2).result()
-    except (TimeoutError, pebble.ProcessExpired, RecursionError, MemoryError, ValueError, TypeError) as error:
-        grader_errors[type(error).__name__] += 1  # any other error is the pool's, not the answer's
+    except UNGRADED as error:
+        grader_errors[type(error).__name__] += 1
         return False
 
 
 def reward(response: str, answer: str) -> float:
     """R = 1 if the last boxed expression of the response is equivalent to the answer, else 0."""
-    return float(is_equivalent(extract_boxed(response) or "", answer))  # Eq. 3
+    boxed = extract_boxed(response)
+    if boxed is None:
+        return 0.0
+    return float(is_equivalent(boxed, answer))  # Eq. 3
 
 
-# ===== 3. Questions: a row of a data set -> Problem -> Prompt; and what a group is ====================
+# ===== 3. Questions and prompts: a row of a data set -> Problem -> Prompt; and what a group is ====
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else the tokenizer warns of the grading process
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as a cache grows in ever new sizes
+# Else the tokenizer warns when another process is started; and lengths change all the time.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said when one process saves
-PLACEHOLDER = "<image>"
-THINK = "Think step by step between <think> and </think>, then give the answer alone inside \\boxed{}."
+
+IMAGE = "<image>"  # where a picture goes in a question
+IMAGE_TOKEN_SIDE = 28  # pixels: a token stands for 2 x 2 patches of 14 x 14
+THINK = "Think step by step between <think> and </think>, then give the answer alone in \\boxed{}."
 
 
 class BadInput(ValueError):
@@ -302,23 +456,30 @@ class BadInput(ValueError):
 
 
 @dataclasses.dataclass
-class Options:  # what all commands share; in [brackets]: where a default comes from
+class Options:
+    """What all commands share. [Brackets] tell where a default comes from."""
+
+    # data
     data: str = "hiyouga/geometry3k"  # questions: hub id, .parquet, .jsonl, or a folder [paper]
     split: str = "train"  # its split; "train[:8]" is its first eight rows
     experts: str = "experts.jsonl"  # the cache of expert answers
+
+    # how a question is asked
     instruction: str = THINK  # stands behind each question [asks what EasyR1's asks, in our words]
     min_pixels: int = 262144  # smaller pictures are enlarged to this many pixels [EasyR1]
     max_pixels: int = 4194304  # larger pictures are reduced to this many pixels [EasyR1]
     max_prompt: int = 2048  # questions of more tokens are left out, never truncated [EasyR1]
     max_answer: int = 2048  # answers are truncated after this many tokens [EasyR1]
-    generate_batch: int = 0  # answers sampled at once on one process; 0: as many as the GPU's memory holds
-    micro_batch: int = 1  # groups a forward pass on one process [EasyR1]
+
+    # run
+    generate_batch: int = 512  # answers sampled at once on one process; halved when memory runs out
+    micro_batch: int = 1  # groups in a forward pass on one process [EasyR1]
     seed: int = 1  # of the order of questions and of sampling [EasyR1]
 
 
 @dataclasses.dataclass
 class Problem:
-    id: str  # hash of question, answer, pictures; `load_problems` adds the prompt's tokens; key of the cache
+    id: str  # hash of its content and, by load_problems, of its prompt: the key of the cache
     question: str  # with one <image> where each picture goes
     images: list[bytes]  # encoded pictures
     answer: str
@@ -333,127 +494,239 @@ class Prompt:
 
 
 @dataclasses.dataclass
-class Trajectory:  # one answer; as its fields are plain, it is also a record of the cache and of groups.jsonl
+class Trajectory:
+    """One answer. Its fields are plain, so it is also a record of the cache and of groups.jsonl."""
+
     ids: list[int]  # T tokens, with the end token unless it was truncated
     text: str
     reward: float
     finished: bool = True  # it has an end token
     source: str = "policy"  # or which expert wrote it
     is_expert: bool = False
-    expert_ok: bool = True  # m: false for an expert's wrong answer that is filtered
+    expert_ok: bool = True  # m: False for an expert's wrong answer, if those are filtered
     advantage: float = 0.0
-    logp: list[float] | None = None  # [T] under the policy, for groups.jsonl and `rectify`
-    behavior_logp: list[float] | None = None  # [T] under who wrote it: pi_phi or pi_old; None: pi_theta
+    logp: list[float] | None = None  # [T] log pi_theta
+    behavior_logp: list[float] | None = None  # [T] log pi_old or log pi_phi
 
 
 @dataclasses.dataclass
 class Group:
     problem: Problem
     prompt: Prompt
-    trajectories: list[Trajectory]
+    answers: list[Trajectory]
     has_contrast: bool = False  # do the rewards of answers with expert_ok differ?
 
 
-def say(text: str):  # once, however many processes run, and above a progress bar
+def answers_of(groups: list[Group]) -> list[Trajectory]:
+    return [answer for group in groups for answer in group.answers]
+
+
+def say(text: str):
+    """Print once, however many processes run, and above a progress bar."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
 
 
 def batches(items: list, size: int) -> Iterator[list]:
-    return (items[i : i + max(1, size)] for i in range(0, len(items), max(1, size)))
+    size = max(1, size)
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def read_rows(source: str, split: str, config: str | None = None) -> Iterator[dict]:
-    """Rows of a hub data set, of a .parquet or .jsonl file, or of a folder of them or of pictures."""
-    kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(Path(source).suffix)
-    files = dict(path=kind, data_files=source, split=re.sub(r"^\w+", "train", split))  # a file has no other
+    """Rows of a hub data set, a .parquet or .jsonl file, or a folder of them or of pictures."""
+    kinds = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+    kind = kinds.get(Path(source).suffix)
+
+    # One error for whatever the library may raise.
     try:
-        table = datasets.load_dataset(**files) if kind else datasets.load_dataset(source, config, split=split)
+        if kind:
+            split = re.sub(r"^\w+", "train", split)  # a lone file has no other split
+            table = datasets.load_dataset(kind, data_files=source, split=split)
+        else:
+            table = datasets.load_dataset(source, config, split=split)
     except Exception as error:
         hint = "give a hub id, a .parquet or .jsonl file, or a folder of such files or of pictures"
         raise BadInput(f"cannot load {source!r}, split {split!r}; {hint}: {error}") from error
-    for batch in table.with_format("arrow").iter(64):  # arrow: pictures stay encoded
+
+    # As arrow, pictures stay encoded.
+    for batch in table.with_format("arrow").iter(64):
         yield from batch.to_pylist()
 
 
+def read_picture(picture, root: Path) -> bytes:
+    """A picture of a row: bytes, a path that starts at root, or what the hub makes of either."""
+    if not isinstance(picture, dict):
+        picture = datasets.Image().encode_example(picture)
+    if picture.get("bytes"):
+        return picture["bytes"]
+    path = root / picture["path"]
+    if not path.is_file():
+        raise BadInput(f"a picture is missing: {path}")
+    return path.read_bytes()
+
+
+def picture_size(encoded: bytes) -> tuple[int, int]:
+    """Width and height, by the header; a PNG that is cut off is found, too, without decoding it."""
+    try:
+        picture = Image.open(io.BytesIO(encoded))
+        size = picture.size
+        picture.verify()
+    except Exception as error:
+        raise BadInput(f"a picture cannot be read: {error}") from error
+    return size
+
+
 def read_problem(row: dict, source: str = "") -> Problem:
-    """One row in the schema of geometry3k (images, problem, answer) or ViRL39K (image, question, answer)."""
-    root = Path(source) if Path(source).is_dir() else Path(source).parent  # of relative picture paths
-    columns = ", ".join(row)
-    row = {"problem": row.get("question"), "images": row.get("image"), "answer": None} | row
-    question, answer = (str("" if row[name] is None else row[name]).strip() for name in ("problem", "answer"))
-    pictures = row["images"] if isinstance(row["images"], list) else [row["images"]]
-    encoded = [p if isinstance(p, dict) else datasets.Image().encode_example(p) for p in pictures if p]
-    images = [picture.get("bytes") or (root / picture["path"]).read_bytes() for picture in encoded]
-    if len(images) == 1 and PLACEHOLDER not in question:
-        question = PLACEHOLDER + question  # some 2 % of ViRL39K lost theirs
-    if "" in (answer, question.replace(PLACEHOLDER, "")):
-        raise BadInput(f"problem (or question) or answer is empty; its columns are {columns}")
-    if not question.count(PLACEHOLDER) == len(images) > 0:
-        raise BadInput(f"{question.count(PLACEHOLDER)} times {PLACEHOLDER} for {len(images)} pictures")
-    content = hashlib.sha256(repr((question, answer)).encode() + b"".join(images))
+    """A row of geometry3k (images, problem, answer) or of ViRL39K (image, question, answer)."""
+    # Text.
+    question = row.get("problem") or row.get("question") or ""
+    question = str(question).strip()
+    answer = row.get("answer")
+    answer = "" if answer is None else str(answer).strip()
+    if not question.replace(IMAGE, "") or not answer:
+        raise BadInput(
+            f"problem (or question) or answer is empty: its columns are {', '.join(row)}"
+        )
+
+    # Pictures, one for each <image>.
+    pictures = row.get("images") or row.get("image") or []
+    if not isinstance(pictures, list):
+        pictures = [pictures]
+    root = Path(source) if Path(source).is_dir() else Path(source).parent
+    images = [read_picture(picture, root) for picture in pictures if picture]
+    if len(images) == 1 and IMAGE not in question:
+        question = IMAGE + question  # some 2 % of ViRL39K lost theirs
+    if question.count(IMAGE) != len(images) or not images:
+        raise BadInput(f"{question.count(IMAGE)} times {IMAGE} for {len(images)} pictures")
+
+    content = repr((question, answer)).encode() + b"".join(images)
     answer = extract_boxed(answer) or answer  # ViRL39K writes \boxed{42}
-    return Problem(content.hexdigest()[:16], question, images, answer)
+    return Problem(hashlib.sha256(content).hexdigest()[:16], question, images, answer)
 
 
-class Encoder:  # question -> prompt, the same way for rollouts, experts, training and evaluation
+class Encoder:
+    """Makes a prompt of a question: the same for rollouts, experts, training and evaluation."""
+
     def __init__(self, processor, model, options: Options):
-        self.processor, self.tokenizer, self.options = processor, processor.tokenizer, options
-        self.rope_index, self.generation_config = model.model.get_rope_index, model.generation_config
-        ends = model.generation_config.eos_token_id or []  # Qwen's: two; one is also the padding
-        self.ends = sorted({self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])})
-        # What no answer may hold: vision tokens, which would crash the next forward, and embeddings that have
-        # no token, whose number differs from 3B to 32B. They are left out of every softmax.
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        beyond = range(len(self.tokenizer), model.get_output_embeddings().out_features)
-        self.unwritable = torch.tensor(sorted({getattr(model.config, name) for name in names}.union(beyond)))
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.options = options
+        self.rope_index = model.model.get_rope_index
+        self.generation_config = model.generation_config
+
+        # Qwen has two end tokens; one of them is also the padding.
+        ends = model.generation_config.eos_token_id or []
+        if not isinstance(ends, list):
+            ends = [ends]
+        self.ends = sorted({self.tokenizer.eos_token_id, *ends})
+
+        # What no answer may hold, and what every softmax leaves out: vision tokens, which would
+        # crash the next forward pass, and embeddings without a token, whose number differs from 3B
+        # to 32B.
+        config = model.config
+        vision = {config.image_token_id, config.video_token_id}
+        vision |= {config.vision_start_token_id, config.vision_end_token_id}
+        unused = range(len(self.tokenizer), model.get_output_embeddings().out_features)
+        self.unwritable = torch.tensor(sorted(vision.union(unused)))
+
+    def chat(self, problem: Problem) -> str:
+        """The question in the model's chat template, with one image token for each picture."""
+        content = []
+        for number, part in enumerate(problem.question.split(IMAGE)):
+            if number > 0:
+                content.append({"type": "image"})
+            if part.strip():
+                content.append({"type": "text", "text": part})
+        content.append({"type": "text", "text": " " + self.options.instruction})
+        messages = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+
+    def outline(self, problem: Problem) -> tuple[list[int], list[int]]:
+        """The ids of the chat, and how many tokens each picture becomes. No picture is decoded."""
+        sizes = []
+        for encoded in problem.images:
+            width, height = picture_size(encoded)
+            height, width = smart_resize(
+                height=height,
+                width=width,
+                factor=IMAGE_TOKEN_SIDE,
+                min_pixels=self.options.min_pixels,
+                max_pixels=self.options.max_pixels,
+            )
+            sizes.append(height * width // IMAGE_TOKEN_SIDE**2)
+        return self.tokenizer(self.chat(problem)).input_ids, sizes
 
     def __call__(self, problem: Problem) -> Prompt:
-        parts = []
-        for i, part in enumerate(problem.question.split(PLACEHOLDER)):
-            parts += [dict(type="image")] * (i > 0) + [dict(type="text", text=part)] * bool(part.strip())
-        chat = [dict(role="user", content=[*parts, dict(type="text", text=" " + self.options.instruction)])]
-        text = self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        # Pictures are decoded and resized to a multiple of 28 pixels.
         limits = dict(min_pixels=self.options.min_pixels, max_pixels=self.options.max_pixels)
-        pictures = [fetch_image({"image": Image.open(io.BytesIO(i)), **limits}) for i in problem.images]
-        inputs = self.processor(pictures, [text], do_resize=False, return_tensors="pt")
-        ids, grid, types = inputs["input_ids"], inputs["image_grid_thw"], inputs["mm_token_type_ids"]
+        pictures = []
+        for encoded in problem.images:
+            pictures.append(fetch_image({"image": Image.open(io.BytesIO(encoded)), **limits}))
+        inputs = self.processor(
+            images=pictures, text=[self.chat(problem)], do_resize=False, return_tensors="pt"
+        )
+
         # Without the types the model would silently number a picture's tokens as if they were text.
-        positions, _ = self.rope_index(ids, mm_token_type_ids=types, image_grid_thw=grid)
-        return Prompt(ids[0], positions[:, 0].T, inputs["pixel_values"], grid)
+        positions, _ = self.rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+            image_grid_thw=inputs["image_grid_thw"],
+        )
+        return Prompt(
+            ids=inputs["input_ids"][0],
+            positions=positions[:, 0].T,
+            pixels=inputs["pixel_values"],
+            grid=inputs["image_grid_thw"],
+        )
 
 
 def load_problems(source: str, split: str, encoder: Encoder) -> list[Problem]:
-    """All questions that can be used; the others are left out and reported together."""
-    problems, left_out, limit = [], collections.defaultdict(list), encoder.options.max_prompt
+    """All questions that can be used; the others are left out, and told by reason and row."""
+    problems = []
+    left_out = collections.defaultdict(list)
+    longest = encoder.options.max_prompt
     for number, row in enumerate(tqdm(read_rows(source, split), desc=source, disable=None)):
         try:
             problem = read_problem(row, source)
-            ids = encoder(problem).ids.tolist()
-            if len(ids) > limit:
-                raise BadInput(f"longer than --max_prompt {limit} tokens")
-            problem.id = hashlib.sha256(f"{problem.id} {ids}".encode()).hexdigest()[:16]
-            problems.append(problem)
-        except Exception as error:  # a row may hold anything; equal messages, cut before a value, are counted
-            left_out[re.split(" <_|'", f"{type(error).__name__}: {error}")[0]].append(number)
+            ids, sizes = encoder.outline(problem)
+            length = len(ids) - len(sizes) + sum(sizes)
+            if length > longest:
+                raise BadInput(f"its prompt is longer than --max_prompt {longest}: {length} tokens")
+        except Exception as error:  # a row may hold anything
+            reason, _, detail = str(error).partition(": ")
+            if not isinstance(error, BadInput):
+                reason = f"{type(error).__name__} {reason}"
+            left_out[reason].append(f"row {number} {detail}".strip())
+            continue
+        outline = f"{problem.id} {ids} {sizes}"
+        problem.id = hashlib.sha256(outline.encode()).hexdigest()[:16]
+        problems.append(problem)
+
+    # Told once for each reason.
     for reason, rows in left_out.items():
-        say(f"{source}: {len(rows)} rows left out, {reason}: row {', '.join(map(str, rows[:8]))}")
+        shown = "; ".join(rows[:5])
+        say(f"{source}: {len(rows)} rows left out, {reason}: {shown}{' …' * (len(rows) > 5)}")
     if not problems:
         raise BadInput(f"no row of {source} can be used")
     return problems
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32, **options):
-    """A Qwen2.5-VL and its processor, from a hub id or a folder: safetensors only, no remote code."""
+def load_model(name: str, dtype: torch.dtype = torch.float32, device_map: str | None = None):
+    """A Qwen2.5-VL and its processor, by hub id or folder: safetensors only, no remote code."""
     try:
-        options |= dict(dtype=dtype, use_safetensors=True)
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, **options)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            name, dtype=dtype, device_map=device_map, use_safetensors=True
+        )
         return model, AutoProcessor.from_pretrained(name)
     except Exception as error:
-        raise BadInput(f"cannot load model {name} as a Qwen2.5-VL, by hub id or folder: {error}") from error
+        hint = "as a Qwen2.5-VL, by hub id or folder"
+        raise BadInput(f"cannot load model {name} {hint}: {error}") from error
 
 
-# ===== 4. Rollouts: answers by Hugging Face generate, graded ==========================================
+# ===== 4. Rollouts: answers by Hugging Face generate, graded ======================================
 
 
 def pad(rows: Iterable, side: str = "right") -> Tensor:
@@ -461,192 +734,343 @@ def pad(rows: Iterable, side: str = "right") -> Tensor:
     return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_side=side)
 
 
-def batch_that_fits(model, options: Options, policy=None) -> int:
-    """How many answers of full length fit in 90 % of free memory, less AdamW's moments, yet to come."""
-    if options.generate_batch or not torch.cuda.is_available():
-        return options.generate_batch or 64
-    held = 8 * sum(p.to_local().numel() for p in policy.parameters()) if policy else 0
-    layers = model.model.language_model.layers
-    token = 2 * layers[0].self_attn.k_proj.out_features * model.dtype.itemsize  # its cache in one layer
-    on = collections.Counter(layer.self_attn.k_proj.weight.device for layer in layers)
-    # The fullest device decides. + 2: where RoomyLayer grows, it copies a layer's cache twice.
-    free = min((0.9 * torch.cuda.mem_get_info(device)[0] - held) / (n + 2) for device, n in on.items())
-    return max(1, int(free) // (token * (options.max_prompt + options.max_answer)))
-
-
 def vision_inputs(prompts: list[Prompt]) -> dict:
-    pixels, grid = torch.cat([p.pixels for p in prompts]), torch.cat([p.grid for p in prompts])
+    pixels = torch.cat([prompt.pixels for prompt in prompts])
+    grid = torch.cat([prompt.grid for prompt in prompts])
     return {"pixel_values": pixels, "image_grid_thw": grid}
 
 
 def embed(model, ids: Tensor, pictures: Iterable[dict]) -> Tensor:
-    """ids [R, L] -> [R, L, D] with pictures in the place of their tokens; a part of them at a time."""
-    see, embeds = model.model.get_image_features, model.get_input_embeddings()(ids)
-    features = torch.cat([f for part in pictures for f in see(**part, return_dict=True).pooler_output])
-    return embeds.masked_scatter((ids == model.config.image_token_id)[..., None], features.to(embeds))
+    """ids [rows, L] -> [rows, L, D]. Pictures, in parts, take the place of their tokens."""
+    features = []
+    for part in pictures:
+        features += model.model.get_image_features(**part, return_dict=True).pooler_output
+    embeds = model.get_input_embeddings()(ids)
+    is_image = ids == model.config.image_token_id
+    return embeds.masked_scatter(is_image[..., None], torch.cat(features).to(embeds))
 
 
-class RoomyLayer(transformers.cache_utils.DynamicLayer):
-    """A layer's cache that grows by 256 tokens at a time; Hugging Face's is copied for each new one."""
+class RoomyLayer(DynamicLayer):
+    """The keys and values of one layer, with room for all tokens to come.
 
-    room = None  # [2, B, heads, T and some more, D]
+    It saves time: Hugging Face's DynamicCache copies all keys and values for each new token, and
+    its StaticCache attends to places that are still empty. And memory runs out at once or not at
+    all, as all room is taken before the first token.
+    """
 
-    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:  # [B, heads, T, D]
-        start = self.get_seq_length()
-        if not start:
-            return super().update(keys, values)
-        if self.room is None or start == self.room.shape[3]:
-            self.room = nn.functional.pad(torch.stack([self.keys, self.values]), (0, 0, 0, 256))
-        self.room[:, :, :, start : start + 1] = torch.stack([keys, values])
-        self.keys, self.values = self.room[:, :, :, : start + 1]
+    room = None
+
+    def make_room(self, n_answers: int, n_tokens: int):
+        """Repeat each question's keys and values for its answers, and leave room behind them."""
+        self.n_filled = self.get_seq_length()
+        self.room = []
+        for filled in (self.keys, self.values):  # [B, heads, P, D]
+            rows, heads, _, size = filled.shape
+            room = filled.new_empty(rows * n_answers, heads, self.n_filled + n_tokens, size)
+            room[:, :, : self.n_filled] = filled.repeat_interleave(n_answers, dim=0)
+            self.room.append(room)
+        self.show_filled()
+
+    def show_filled(self):
+        self.keys = self.room[0][:, :, : self.n_filled]
+        self.values = self.room[1][:, :, : self.n_filled]
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.room is None:  # the prefill
+            return super().update(keys, values, *args, **kwargs)
+        end = self.n_filled + keys.shape[2]
+        self.room[0][:, :, self.n_filled : end] = keys
+        self.room[1][:, :, self.n_filled : end] = values
+        self.n_filled = end
+        self.show_filled()
         return self.keys, self.values
 
 
 @torch.no_grad()
-def sample(actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: float = 1.0) -> list[list]:
-    """n answers to each prompt, as token ids up to and with the first end token. In training the temperature
-    is 1, else pi_old is not what was sampled from; at 0 it takes the likeliest token."""
-    # A config of our own: the checkpoint's has settings like repetition_penalty 1.05.
-    how = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else {}
-    how |= dict(max_new_tokens=encoder.options.max_answer, suppress_tokens=encoder.unwritable.tolist())
-    actor.generation_config = GenerationConfig(eos_token_id=encoder.ends, pad_token_id=encoder.ends[0], **how)
-    ids = pad((p.ids for p in prompts), "left").to(actor.device)  # [B, P]
-    seen = pad((torch.ones_like(p.ids) for p in prompts), "left").to(actor.device)  # [B, P]
-    positions = pad((p.positions for p in prompts), "left").to(actor.device).movedim(-1, 0)  # [3, B, P]
-
-    # Each question is prefilled once, but for its last token, and its cache repeated for its answers.
-    pictures = (send_to_device(vision_inputs(part), actor.device) for part in batches(prompts, 8))
-    embeds, cache = embed(actor, ids[:, :-1], pictures), Cache(layer_class_to_replicate=RoomyLayer)
-    known = dict(attention_mask=seen[:, :-1], position_ids=positions[..., :-1])
-    actor.model.language_model(inputs_embeds=embeds, **known, cache=cache, use_cache=True)
-    cache.batch_repeat_interleave(n)
-    sequences = actor.generate(
-        ids.repeat_interleave(n, 0),  # [B * n, P]
-        attention_mask=seen.repeat_interleave(n, 0),
-        position_ids=positions[..., -1:].repeat_interleave(n, 1),  # [3, B * n, 1], counted on from here
-        cache=cache,  # past_key_values before transformers 5.24
+def sample_batch(
+    actor, encoder: Encoder, prompts: list[Prompt], n: int, temperature: float
+) -> list[list[list[int]]]:
+    """n answers to each prompt by one call of generate: ids up to and with the first end token."""
+    # A config of our own: the checkpoint's has settings such as repetition_penalty 1.05.
+    longest = encoder.options.max_answer
+    actor.generation_config = GenerationConfig(
+        eos_token_id=encoder.ends,
+        pad_token_id=encoder.ends[0],
+        max_new_tokens=longest,
+        suppress_tokens=encoder.unwritable.tolist(),
     )
+    if temperature > 0:
+        actor.generation_config.update(do_sample=True, temperature=temperature, top_k=0)
+
+    # Padded on the left, so that all answers begin in the same column.
+    ids = pad([prompt.ids for prompt in prompts], side="left").to(actor.device)  # [B, P]
+    is_token = pad([torch.ones_like(prompt.ids) for prompt in prompts], side="left").to(
+        actor.device
+    )
+    positions = pad([prompt.positions for prompt in prompts], side="left").to(actor.device)
+    positions = positions.movedim(-1, 0)  # [3, B, P]
+
+    # Read each question once, but for its last token, which generate reads. Pictures take memory,
+    # so they are read eight questions at a time.
+    pictures = (send_to_device(vision_inputs(part), actor.device) for part in batches(prompts, 8))
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    actor.model.language_model(
+        inputs_embeds=embed(actor, ids[:, :-1], pictures),
+        attention_mask=is_token[:, :-1],
+        position_ids=positions[..., :-1],
+        cache=cache,
+        use_cache=True,
+    )
+    for layer in cache.layers:
+        layer.make_room(n_answers=n, n_tokens=1 + longest)
+
+    # Answer it n times.
+    sequences = actor.generate(
+        ids.repeat_interleave(n, dim=0),  # [B * n, P]
+        attention_mask=is_token.repeat_interleave(n, dim=0),
+        position_ids=positions[..., -1:].repeat_interleave(n, dim=1),  # of that last token
+        cache=cache,
+    )
+
+    # An answer ends with its first end token.
     answers = []
     for tokens in sequences[:, ids.shape[1] :].tolist():
-        length = next((i + 1 for i, token in enumerate(tokens) if token in encoder.ends), len(tokens))
+        length = len(tokens)
+        for place, token in enumerate(tokens):
+            if token in encoder.ends:
+                length = place + 1
+                break
         answers.append(tokens[:length])
     return list(batches(answers, n))
 
 
+def sample(
+    actor,
+    encoder: Encoder,
+    prompts: list[Prompt],
+    n: int,
+    temperature: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[list[int]]]:
+    """n answers to each prompt, as many at once as memory holds.
+
+    In training the temperature is 1: log-probs are those of temperature 1. At 0 the likeliest token
+    is taken.
+    """
+    options = encoder.options
+    seed = torch.randint(2**62, ()).item()
+    answers = []
+    while len(answers) < len(prompts):
+        torch.manual_seed(seed + len(answers))  # the same for a second try
+        n_prompts = max(1, options.generate_batch // n)
+        part = prompts[len(answers) : len(answers) + n_prompts]
+        if progress:
+            progress(len(answers), len(prompts))
+
+        try:
+            answers += sample_batch(actor, encoder, part, n, temperature)
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                hint = "lower --max_answer, --max_pixels or the number of answers"
+                raise BadInput(
+                    f"{n} answers to one question do not fit into memory: {hint}"
+                ) from None
+            # What is done is kept, and what was found out is remembered.
+            options.generate_batch = len(part) // 2 * n
+            torch.cuda.empty_cache()
+            say(f"out of memory: from now on {options.generate_batch} answers at once")
+    return answers
+
+
 def grade(ids: list[int], problem: Problem, encoder: Encoder) -> Trajectory:
     text = encoder.tokenizer.decode(ids, skip_special_tokens=True)
-    return Trajectory(ids, text, reward(text, problem.answer), finished=ids[-1] in encoder.ends)
+    return Trajectory(
+        ids=ids,
+        text=text,
+        reward=reward(text, problem.answer),  # Eq. 3
+        finished=ids[-1] in encoder.ends,
+    )
 
 
-def rollout(actor, encoder: Encoder, problems: list[Problem], n: int, temperature: float = 1) -> list[Group]:
-    """n graded answers to each question; at once at most --generate_batch, and 128 questions."""
-    groups, size = [], min(128, encoder.options.generate_batch // max(2, n))  # a prefill takes memory, too
-    for part in batches(problems, size):
-        prompts = [encoder(problem) for problem in part]
-        answers = sample(actor, encoder, prompts, n, temperature)
-        for problem, prompt, some in zip(part, prompts, answers, strict=True):
-            groups.append(Group(problem, prompt, [grade(ids, problem, encoder) for ids in some]))
+def rollout(
+    actor,
+    encoder: Encoder,
+    problems: list[Problem],
+    n: int,
+    temperature: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Group]:
+    """n graded answers to each question."""
+    prompts = [encoder(problem) for problem in problems]
+    sampled = sample(actor, encoder, prompts, n, temperature, progress)
+    groups = []
+    for problem, prompt, answers in zip(problems, prompts, sampled, strict=True):
+        groups.append(Group(problem, prompt, [grade(ids, problem, encoder) for ids in answers]))
     return groups
 
 
-# ===== 5. Log-probs: a group is one row, or a few =====================================================
-#   row:       [ picture, question but its last token | answer 1 | answer 2 | ... | answer G ]
-#   segment:     0 0 0 0 0 0 0 0 0                      1 1 1 1    2 2 2           G G G G
-#   position:    0 1 ...         p-1                    p p+1 ..   p p+1 ..        p p+1 ..
-#   p, the position of the question's last token, is below P - 1, as a picture's tokens share positions.
-#   An answer begins with a copy of the question's last token (at p), which predicts its first one, and lacks
-#   its own last token. So the hidden states of segments 1 to G predict the answers' tokens, in order.
-#   attention:      question  answer 1  answer 2     A token sees what stands before it in the question and in
-#       question    causal       .         .         its own answer. Log-probs and gradients are those of G
-#       answer 1    all        causal      .         rows, for P + G*T tokens instead of G*(P + T).
-#       answer 2    all          .       causal
-#   Attention goes over (P + G*T)^2, a waste where answers are long. A token costs c1 FLOPs in the weights and
-#   c2 * L in attention; rows of P * sqrt(c1 / (c2 * P) + 1) answer tokens cost least: long groups get a few.
+# ===== 5. Log-probs: a group is one row, or a few =================================================
+# A question of three tokens, a b c, and two answers, d e and f g h, are laid out as
+#
+#     ids           a b    c d    c f g
+#     segment       0 0    1 1    2 2 2
+#     position      0 1    2 3    2 3 4
+#     predicts             d e    f g h
+#
+# Each answer begins with a copy of the question's last token, which predicts the answer's first
+# one. Its own last token predicts nothing, so it is left out. A token sees what stands before it in
+# segment 0 and in its own segment, and its position goes on from the question's. So log-probs and
+# gradients are those of separate rows, but question and picture are read once: P + G * T tokens
+# instead of G * (P + T).
 
 
-def answers_of(groups: list[Group]) -> list[Trajectory]:
-    return [t for group in groups for t in group.trajectories]
+class Batch(NamedTuple):
+    """Groups, laid out as what the policy reads and what the loss needs."""
+
+    ids: Tensor  # [rows, L]
+    positions: Tensor  # [rows, L, 3]
+    segments: Tensor  # [rows, L] 0: question; or padding at the end, where nothing sees it
+    vision: dict
+    target: Tensor  # [N, T] the answers' tokens
+    mask: Tensor  # [N, T] True: an answer token, the end token included
+    behavior_logp: Tensor  # [N, T] 0 where it is not known yet
+    advantages: Tensor  # [N]
+    is_expert: Tensor  # [N]
+    expert_ok: Tensor  # [N]
 
 
-def pack(groups: list[Group], device: torch.device | str = "cpu", c1_by_c2: float = math.inf):
-    """Each group as one row, or several (see the drawing): what the policy reads, and what the loss needs."""
-    rows, ids, positions, segments, answers = [], [], [], [], answers_of(groups)
+def answers_per_row(group: Group, c1_by_c2: float) -> int:
+    """How to deal a group's answers out to rows: one row, or several if the answers are long.
+
+    With more answers a row the question is read less often, but attention costs (P + G * T)^2. A
+    token costs c1 FLOPs in the weights and c2 * L in attention, so the whole group costs least with
+    P * sqrt(c1 / (c2 * P) + 1) answer tokens a row.
+    """
+    n_prompt = len(group.prompt.ids)
+    n_answers = len(group.answers)
+    n_tokens = sum(len(answer.ids) for answer in group.answers)
+    best_row = n_prompt * math.sqrt(c1_by_c2 / n_prompt + 1)
+    n_rows = max(1, int(n_tokens / best_row))
+    return math.ceil(n_answers / n_rows)
+
+
+def lay_out_row(prompt: Prompt, answers: list[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:
+    """-> ids [L], positions [L, 3], segments [L]."""
+    # The question stands without its last token, because each answer begins with a copy of it.
+    ids = [prompt.ids[:-1]]
+    positions = [prompt.positions[:-1]]
+    segments = [torch.zeros_like(prompt.ids[:-1])]
+    for number, answer in enumerate(answers, start=1):
+        # An answer's last token predicts nothing, so it is left out.
+        tokens = torch.tensor([prompt.ids[-1], *answer.ids[:-1]])
+        offsets = torch.arange(len(tokens))
+        ids.append(tokens)
+        positions.append(prompt.positions[-1] + offsets[:, None])
+        segments.append(torch.full_like(tokens, number))
+    return torch.cat(ids), torch.cat(positions), torch.cat(segments)
+
+
+def pack(groups: list[Group], c1_by_c2: float = math.inf) -> Batch:
+    """By default each group is one row. The loss knows no groups: it gets N answers."""
+    # What the policy reads.
+    rows = []
+    prompts = []
     for group in groups:
-        n_prompt, tokens = len(group.prompt.ids), sum(len(t.ids) for t in group.trajectories)
-        n_rows = max(1, int(tokens / n_prompt / math.sqrt(c1_by_c2 / n_prompt + 1)))
-        size = math.ceil(len(group.trajectories) / n_rows)  # about the same in each
-        rows += [(group.prompt, some) for some in batches(group.trajectories, size)]
-    for prompt, some in rows:
-        parts, places = [prompt.ids[:-1]], [prompt.positions[:-1]]
-        for t in some:
-            parts.append(torch.tensor([prompt.ids[-1], *t.ids[:-1]]))
-            places.append(prompt.positions[-1] + torch.arange(len(t.ids))[:, None])
-        ids.append(torch.cat(parts))
-        positions.append(torch.cat(places))
-        segments.append(torch.cat([torch.full_like(part, number) for number, part in enumerate(parts)]))
-    tensors = dict(
-        ids=pad(ids),  # [R, L]
-        positions=pad(positions),  # [R, L, 3]
-        segments=pad(segments),  # [R, L] 0: question, or padding, which stands last, so that nothing sees it
-        vision=vision_inputs([prompt for prompt, _ in rows]),
-        target=pad(t.ids for t in answers),  # [N, T]
-        mask=pad([True] * len(t.ids) for t in answers),  # [N, T] True: an answer token, the end token too
-        behavior_logp=pad(t.behavior_logp or [math.nan] * len(t.ids) for t in answers),  # [N, T] nan: as logp
-        advantages=torch.tensor([t.advantage for t in answers]),  # [N]
-        is_expert=torch.tensor([t.is_expert for t in answers]),
-        expert_ok=torch.tensor([t.expert_ok for t in answers]),
+        for answers in batches(group.answers, answers_per_row(group, c1_by_c2)):
+            rows.append(lay_out_row(group.prompt, answers))
+            prompts.append(group.prompt)
+    ids, positions, segments = zip(*rows, strict=True)
+
+    # What the loss needs.
+    answers = answers_of(groups)
+    behavior_logp = []
+    for answer in answers:
+        behavior_logp.append(torch.tensor(answer.behavior_logp or [0.0] * len(answer.ids)))
+    return Batch(
+        ids=pad(ids),
+        positions=pad(positions),
+        segments=pad(segments),
+        vision=vision_inputs(prompts),
+        target=pad([answer.ids for answer in answers]),
+        mask=pad([[True] * len(answer.ids) for answer in answers]),
+        behavior_logp=pad(behavior_logp),
+        advantages=torch.tensor([answer.advantage for answer in answers]),
+        is_expert=torch.tensor([answer.is_expert for answer in answers]),
+        expert_ok=torch.tensor([answer.expert_ok for answer in answers]),
     )
-    return SimpleNamespace(**send_to_device(tensors, device))
 
 
-class Policy(nn.Module):  # a Qwen2.5-VL, be it student, expert or reference, as log-probs of answers
+class Policy(nn.Module):
+    """A Qwen2.5-VL as log-probs of answers: student, expert and reference alike."""
+
     def __init__(self, model, unwritable: Tensor):
         super().__init__()
-        model.set_attn_implementation("sdpa")  # another would misread the mask of `forward`
-        self.model, self.unwritable = model, unwritable
-        layer, width = model.model.language_model.layers[0], model.config.text_config.hidden_size
-        self.c1_by_c2 = sum(p.numel() for p in layer.parameters()) / (2 * width)  # 2 * weights / (4 * width)
+        model.set_attn_implementation("sdpa")  # flash attention would ignore the mask of `forward`
+        self.model = model
+        self.unwritable = unwritable
+        # Of a layer: 2 FLOPs for each weight, and 4 * D for each pair of tokens.
+        layer = model.model.language_model.layers[0]
+        n_weights = sum(p.numel() for p in layer.parameters())
+        self.c1_by_c2 = n_weights / (2 * model.config.text_config.hidden_size)
 
-    def token_logp(self, hidden: Tensor, target: Tensor) -> Tensor:  # [tokens, D] -> [tokens], in float32
-        logits = self.model.lm_head(hidden).float()
-        logits = logits.index_fill(-1, self.unwritable.to(logits.device), -torch.inf)  # [tokens, V]
+    def token_logp(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """hidden [tokens, D], target [tokens] -> [tokens], in float32."""
+        logits = self.model.lm_head(hidden).float()  # [tokens, V]
+        logits = logits.index_fill(-1, self.unwritable.to(logits.device), -torch.inf)
         return -nn.functional.cross_entropy(logits, target.to(logits.device), reduction="none")
 
-    def forward(self, batch: SimpleNamespace) -> Tensor:  # logp [N, T], 0 at padding
-        query, key = batch.segments[:, :, None], batch.segments[:, None, :]
+    def forward(self, batch: Batch) -> Tensor:
+        """-> logp [N, T], 0 at padding."""
+        # The drawing's mask: causal, and only the question and a token's own answer.
+        query = batch.segments[:, :, None]
+        key = batch.segments[:, None, :]
+        sees = ((key == 0) | (key == query)).tril()  # [rows, L, L]
         hidden = self.model.model.language_model(
             inputs_embeds=embed(self.model, batch.ids, [batch.vision]),
             position_ids=batch.positions.movedim(-1, 0),
-            attention_mask=((key == 0) | (key == query)).tril()[:, None],  # [R, 1, L, L]
+            attention_mask=sees[:, None],
             use_cache=False,
-        ).last_hidden_state  # [R, L, D]
-        hidden = hidden[(batch.segments > 0).to(hidden.device)]  # [tokens, D], in the order of target[mask]
-        parts = zip(hidden.split(1024), batch.target[batch.mask].split(1024), strict=True)
-        # in parts, and recomputed in the backward pass, so that not all [tokens, V] logits exist at once
-        logp = torch.cat([checkpoint(self.token_logp, *part, use_reentrant=False) for part in parts])
-        return torch.zeros_like(batch.behavior_logp).masked_scatter(batch.mask, logp.to(batch.mask.device))
+        ).last_hidden_state  # [rows, L, D]
+
+        # What segments 1 to G predict, are the answers' tokens in order.
+        hidden = hidden[(batch.segments > 0).to(hidden.device)]  # [tokens, D]
+        target = batch.target[batch.mask]  # [tokens]
+
+        # A part at a time, recomputed in the backward pass, as [tokens, V] logits are large.
+        logp = []
+        for some_hidden, some_target in zip(hidden.split(1024), target.split(1024), strict=True):
+            logp.append(checkpoint(self.token_logp, some_hidden, some_target, use_reentrant=False))
+        logp = torch.cat(logp).to(batch.mask.device)
+        return torch.zeros_like(batch.behavior_logp).masked_scatter(batch.mask, logp)
 
 
 @torch.no_grad()
-def score(policy: Policy, groups: list[Group], micro_batch: int) -> Iterator[tuple[Trajectory, list[float]]]:
-    """Every answer with its log-probs, by the forward pass that training uses."""
+def score(
+    policy: Policy, groups: list[Group], size: int
+) -> Iterator[tuple[Trajectory, list[float]]]:
+    """Every answer with its log-probs [T], by the forward pass of training; size groups at once."""
     policy.eval()
-    for part in batches(groups, micro_batch):
-        logp = policy(pack(part, policy.model.device, policy.c1_by_c2)).tolist()
-        yield from ((t, row[: len(t.ids)]) for t, row in zip(answers_of(part), logp, strict=True))
+    for part in batches(groups, size):
+        batch = send_to_device(pack(part, policy.c1_by_c2), policy.model.device)
+        logp = policy(batch).tolist()
+        for answer, row in zip(answers_of(part), logp, strict=True):
+            yield answer, row[: len(answer.ids)]
 
 
-# ===== 6. Experts: answers of a stronger model, cached with their log-probs under that model ==========
-# The cache is JSONL, an answer a line, right or wrong. A question's id hashes pictures, right answer and
-# the prompt's tokens: so it is taken only where the prompt is the same. A group may get no expert's answer.
+# ===== 6. Experts: answers of a stronger model, cached with their log-probs under that model ======
+# The cache is JSONL, an answer a line, right or wrong. A question is known by a hash of its
+# pictures, its right answer and its prompt's tokens, so that an answer is taken only where the
+# prompt is the same.
 
 
 def append_records(path: Path, records: list[dict]):
-    """In one write, as processes may append together; on a new line, if a kill tore the last record."""
+    """In one write, as processes may append together."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
     with open(path, "ab+", buffering=0) as file:
         file.seek(max(0, file.tell() - 1))
-        torn = file.read()[-1:] not in (b"", b"\n")
-        file.write(("\n" * torn + "".join(json.dumps(record) + "\n" for record in records)).encode())
+        if file.read() not in (b"", b"\n"):
+            text = "\n" + text  # a kill tore the last record
+        file.write(text.encode())
 
 
 def read_records(path: Path) -> Iterator[dict]:
@@ -655,29 +1079,56 @@ def read_records(path: Path) -> Iterator[dict]:
             yield json.loads(line)
 
 
-def read_cache(path: Path, questions: Iterable[str]) -> dict[str, list[Trajectory]]:
-    """Expert answers by question's id; what the cache has for these questions is said."""
-    experts = {question: [] for question in questions}
+def read_cache(
+    path: Path, problems: list[Problem], model: str | None = None
+) -> dict[str, list[Trajectory]]:
+    """Expert answers by question. A model may be named of which all answers must be."""
+    cache = {problem.id: [] for problem in problems}
+
+    # Of all answers in the file those to these questions.
     for record in read_records(path):
-        if not 0 < len(record.get("ids") or ()) == sum(x <= 0 for x in record.get("behavior_logp") or ()):
-            raise BadInput(f"{path} holds a record that is not an answer with a log-prob for each token")
-        if (question := record.pop("question")) in experts:
-            experts[question].append(Trajectory(**record | {"is_expert": True}))
-    answers = [t for some in experts.values() for t in some]
-    right, cut = sum(t.reward == 1 for t in answers), sum(not t.finished for t in answers)
-    answered = f"{len(answers)} answers to {sum(map(bool, experts.values()))} of {len(experts)} questions"
-    say(f"{path}: {answered}, {right} right, {cut} truncated")
-    return experts
+        n_logp = sum(logp <= 0 for logp in record.get("behavior_logp") or [])
+        if n_logp == 0 or n_logp != len(record.get("ids") or []):
+            raise BadInput(
+                f"{path} holds a record that is not an answer with a log-prob for each token"
+            )
+        if model and record["source"] != model:
+            hint = "give another --experts file, or that --model"
+            raise BadInput(f"{path} holds answers of {record['source']}, not of {model}: {hint}")
+        question = record.pop("question")
+        if question in cache:
+            cache[question].append(Trajectory(**record | {"is_expert": True}))
+
+    # Tell what there is.
+    answers = [answer for some in cache.values() for answer in some]
+    n_answered = sum(len(some) > 0 for some in cache.values())
+    n_right = sum(answer.reward == 1 for answer in answers)
+    n_truncated = sum(not answer.finished for answer in answers)
+    say(
+        f"{path}: {len(answers)} answers to {n_answered} of {len(cache)} questions, "
+        f"{n_right} right, {n_truncated} truncated"
+    )
+    return cache
 
 
-def start_processes() -> tuple[Accelerator, torch.dtype]:  # and the dtype of computation
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one samples, the others wait
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each length, so for each new token
-    cuda = accelerator.device.type == "cuda"
+def start_processes(log_with: str = "", out: str | None = None) -> tuple[Accelerator, torch.dtype]:
+    """Joins the other processes. -> accelerator, and the dtype of computation."""
+    cuda = torch.cuda.is_available()
+    patience = InitProcessGroupKwargs(
+        timeout=timedelta(hours=6)
+    )  # while one samples, the others wait
+    accelerator = Accelerator(
+        cpu=not cuda, kwargs_handlers=[patience], log_with=log_with or None, project_dir=out
+    )
+    if log_with and not accelerator.log_with:
+        raise BadInput(f"--log_with {log_with}: this package is not installed")
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # it makes a plan for each length, so for each new token
     if not torch.distributed.is_initialized():  # started without a launcher: a world of one
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", store=store, rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            "nccl" if cuda else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
     return accelerator, torch.bfloat16 if cuda else torch.float32
 
 
@@ -692,85 +1143,62 @@ class Experts(Options):
 
 def make_experts(options: Experts):
     accelerator, dtype = start_processes()
+    if options.experts == "self":
+        raise BadInput(
+            "--experts is the file to write; `self` is for train, which then needs no file"
+        )
     if options.spread and accelerator.num_processes > 1:
         raise BadInput("--spread is for one process: start it by `python tgrl.py experts`")
-    model, processor = load_model(options.model, dtype, device_map="auto" if options.spread else None)
-    model = model if options.spread else model.to(accelerator.device)
-    encoder, path = Encoder(processor, model, options), Path(options.experts)
-    options.generate_batch = batch_that_fits(model, options)
-    problems = {p.id: p for p in load_problems(options.data, options.split, encoder)}
+
+    # The expert.
+    if options.spread:
+        model, processor = load_model(options.model, dtype, device_map="auto")
+    else:
+        model, processor = load_model(options.model, dtype)
+        model.to(accelerator.device)
+    encoder = Encoder(processor, model, options)
+    policy = Policy(model, encoder.unwritable)
+
+    # The questions, and the answers that are there already.
+    problems = load_problems(options.data, options.split, encoder)
+    problems = list({problem.id: problem for problem in problems}.values())  # equal ones once
+    path = Path(options.experts)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-    experts = read_cache(path, problems)
+    cache = read_cache(path, problems, options.model)
     accelerator.wait_for_everyone()  # all have read it before one appends
-    todo = [p for p in problems.values() if len(experts[p.id]) < options.samples]
+
+    # Each process takes its share of the questions that lack answers.
+    todo = [problem for problem in problems if len(cache[problem.id]) < options.samples]
     todo = todo[accelerator.process_index :: accelerator.num_processes]
-    policy, size = Policy(model, encoder.unwritable), options.generate_batch // options.samples
-    for part in tqdm(list(batches(todo, size)), disable=None if accelerator.is_main_process else True):
+
+    # A batch at a time, so that a kill loses no more than one.
+    bar = tqdm(
+        total=len(todo), unit="question", disable=None if accelerator.is_main_process else True
+    )
+    while todo:
+        size = max(1, options.generate_batch // options.samples)
+        part, todo = todo[:size], todo[size:]
         torch.manual_seed(options.seed + int(part[0].id, 16))
         groups = rollout(model, encoder, part, options.samples)
-        for t, logp in score(policy, groups, options.micro_batch):
-            t.source, t.is_expert, t.behavior_logp = options.model, True, logp
-        for group in groups:  # keep only as many as the question lacks
-            new = group.trajectories[len(experts[group.problem.id]) :]
-            append_records(path, [{"question": group.problem.id, **vars(t)} for t in new])
+        for answer, logp in score(policy, groups, options.micro_batch):
+            answer.source = options.model
+            answer.is_expert = True
+            answer.behavior_logp = logp
+        for group in groups:
+            # Keep only as many as the question lacks.
+            new = group.answers[len(cache[group.problem.id]) :]
+            append_records(path, [{"question": group.problem.id, **vars(answer)} for answer in new])
+        bar.update(len(part))
+    bar.close()
+
     errors = sum(gather_object([grader_errors]), collections.Counter())
     say(f"answers that could not be graded, and count as wrong: {dict(errors) or 'none'}")
     accelerator.wait_for_everyone()
     read_cache(path, problems)
 
 
-# Experts of its own, in the spirit of the abstract of IVR-R1 (arXiv 2605.23997), which is all that is public:
-# a wrong answer is cut before a doubted step and continued TRIES times, with the picture once more. The
-# first right one is trained on behind the plain prompt; pi_phi of its new part is behind the second look.
-
-LOOK = "Look once more, closely, and go on from where the answer stands."
-DOUBTED = -2.0  # a token of a log-prob below this makes its step suspect
-TRIES = 8  # continuations sampled from before the suspect step
-
-
-def before_doubt(t: Trajectory, decode) -> list[int]:
-    """What stands before the first sentence or line with a token that the policy doubts."""
-    # The first, as what follows a slip is doubted, too. A step begins behind a line break, or ". " or such.
-    cut = next((i for i, logp in enumerate(t.logp) if logp < DOUBTED), t.logp.index(min(t.logp)))
-    while cut and not re.search(r"(?s)\n.|[.!?;]\s", decode(t.ids[cut - 1]) + decode(t.ids[cut])[:1]):
-        cut -= 1
-    return t.ids[:cut]
-
-
-def look_again(problem: Problem, begun: list[int], encoder: Encoder) -> Prompt:  # begun: an answer's start
-    question = f"{problem.question}\n{PLACEHOLDER * len(problem.images)} {LOOK}"
-    prompt = encoder(dataclasses.replace(problem, question=question, images=problem.images * 2))
-    ids = torch.cat([prompt.ids, torch.tensor(begun, dtype=torch.long)])
-    positions = prompt.positions[-1] + torch.arange(1, len(begun) + 1)[:, None]  # [T, 3]
-    return dataclasses.replace(prompt, ids=ids, positions=torch.cat([prompt.positions, positions]))
-
-
-def rectify(actor, encoder: Encoder, groups: list[Group]) -> dict[str, list[Trajectory]]:
-    """By id of a question with a wrong answer: [its first right continuation, if there is one]."""
-    judge, wrong, made = Policy(actor, encoder.unwritable), [], {}
-    for group in groups:
-        if failed := [t for t in group.trajectories if t.reward == 0]:
-            wrong.append(Group(group.problem, group.prompt, failed[:1]))
-    for t, logp in score(judge, wrong, encoder.options.micro_batch):
-        t.logp = logp
-    for part in batches(wrong, encoder.options.generate_batch // (2 * TRIES)):  # as two looks are long
-        begun = [before_doubt(t, encoder.tokenizer.decode) for t in answers_of(part)]
-        prompts = [look_again(group.problem, ids, encoder) for group, ids in zip(part, begun, strict=True)]
-        tails = sample(actor, encoder, prompts, TRIES)
-        for group, ids, prompt, some in zip(part, begun, prompts, tails, strict=True):
-            longest = encoder.options.max_answer
-            answers = [grade((ids + tail)[:longest], group.problem, encoder) for tail in some]
-            made[group.problem.id] = [t for t in answers if t.reward == 1 and t.finished][:1]
-            for t in made[group.problem.id]:  # its start was written under the plain prompt, its tail not
-                tail = Group(group.problem, prompt, [Trajectory(t.ids[len(ids) :], "", 1.0)])
-                [(_, logp)] = score(judge, [tail], 1)
-                t.behavior_logp = group.trajectories[0].logp[: len(ids)] + logp
-                t.source, t.is_expert = "self", True
-    return made
-
-
-# ===== 7. Training ====================================================================================
+# ===== 7. Training ================================================================================
 
 BY_ALGORITHM = {
     "grpo": dict(sharpness=5.0, clip_high=0.2, kl_coef=0.01, token_mean=False, max_draws=1),
@@ -780,272 +1208,607 @@ BY_ALGORITHM = {
 
 @dataclasses.dataclass
 class Train(Options):
-    """Train by TGRL-DAPO or TGRL-GRPO; with --experts self on experts that the policy makes [IVR-R1]."""
+    """Train by TGRL-DAPO or TGRL-GRPO; with --experts self the policy makes its own experts."""
 
+    # data
     model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # the student: hub id or folder [paper]
-    val_data: str = ""  # held-out questions for greedy accuracy during training; empty: none
+    val_data: str = ""  # held-out questions, for greedy accuracy during training; empty: none
     val_split: str = "test"  # its split
-    out: str = "runs/train"  # folder of the run: metrics.jsonl, groups.jsonl, checkpoints, the trained model
-    resume: bool = False  # continue the run in --out from its newest checkpoint
-    algorithm: Literal["dapo", "grpo"] = "dapo"  # sets what is "by algorithm" below
-    n_on: int = 7  # answers of the policy in a group, at least 2 [paper, Geo3K; 4 for ViRL39K]
-    n_off: int = 1  # answers of the expert in a group; 0: DAPO or GRPO, for which take --n_on 8 [paper]
-    sharpness: float | None = None  # beta of Eq. 20 [by algorithm; paper: 14 dapo, 5 grpo]
+
+    # method; None stands for the algorithm's own setting, see BY_ALGORITHM
+    algorithm: Literal["dapo", "grpo"] = "dapo"  # TGRL-DAPO or TGRL-GRPO
+    n_on: int = 7  # answers of the policy in a group, at least 2 [paper, Geo3K; ViRL39K: 4]
+    n_off: int = 1  # answers of the expert in a group; 0: plain DAPO or GRPO, take --n_on 8 [paper]
+    sharpness: float | None = None  # beta of Eq. 20: 14 for dapo, 5 for grpo [paper]
     reweight: bool = True  # weigh expert tokens by Eq. 18-20; no: w = 1 [paper, Table 1]
-    filter: bool = True  # give wrong expert answers no weight, Eq. 22; no: m = 1 [paper, Table 1]
+    filter: bool = True  # no weight for wrong expert answers, Eq. 22; no: m = 1 [paper, Table 1]
     clip_low: float = 0.2  # lower clip of the coefficient [EasyR1]
-    clip_high: float | None = None  # upper clip [by algorithm; EasyR1: 0.28 dapo; Eq. 24: as the lower]
-    kl_coef: float | None = None  # beta of Eq. 24 [by algorithm; EasyR1: 0.01 grpo; DAPO has none]
-    token_mean: bool | None = None  # average over tokens (Eq. 25), not over answers (Eq. 24) [by algorithm]
-    max_draws: int | None = None  # rounds of drawing questions [by algorithm; EasyR1: 20 for dapo]
-    steps: int = 60  # each a rollout and its updates [paper: 15 epochs of Geo3K are 60, 2 of ViRL39K 150]
-    questions_per_rollout: int = 512  # questions a step, over all processes [EasyR1]
-    questions_per_update: int = 128  # questions an update [EasyR1]
+    clip_high: float | None = None  # upper clip: 0.28 for dapo [EasyR1], 0.2 for grpo [Eq. 24]
+    kl_coef: float | None = None  # beta of Eq. 24: 0.01 for grpo [EasyR1], 0 for dapo
+    token_mean: bool | None = None  # average over tokens, Eq. 25 (dapo), or answers, Eq. 24 (grpo)
+    max_draws: int | None = (
+        None  # times to draw questions in a step: 20 for dapo [EasyR1], 1 for grpo
+    )
+
+    # experts that the policy makes itself, --experts self
+    tries: int = 8  # continuations of a wrong answer in a round
+    rounds: int = 1  # rounds of looking again
+
+    # optimization
+    steps: int = 60  # each a rollout and its updates [paper: 15 epochs of Geo3K; 2 of ViRL39K: 150]
+    questions_per_rollout: int = 512  # questions in a step, over all processes [EasyR1]
+    questions_per_update: int = 128  # questions in an update [EasyR1]
     lr: float = 1e-6  # learning rate of AdamW, constant [EasyR1]
-    checkpointing: bool = True  # recompute activations in the backward pass, to save memory [EasyR1]
-    every: int = 5  # steps between checkpoints, evaluations, and groups kept for `eval.py show` [EasyR1]
+    checkpointing: bool = (
+        True  # recompute activations in the backward pass, to save memory [EasyR1]
+    )
+
+    # run
+    out: str = "runs/train"  # folder of the run: metrics.jsonl, groups.jsonl, checkpoints, model
+    resume: bool = False  # continue the run in --out from its newest checkpoint
+    every: int = (
+        5  # steps between checkpoints, evaluations, groups kept for `eval.py show` [EasyR1]
+    )
+    log_with: str = ""  # a tracker that accelerate knows, such as tensorboard or wandb
 
     def __post_init__(self):
         for name, value in BY_ALGORITHM[self.algorithm].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.sharpness = self.sharpness if self.reweight else None  # None: w = 1
-        self.method = ("TGRL-" if self.n_off else "") + self.algorithm.upper()
-        self.average = "dapo" if self.token_mean else "grpo"  # whose mean is taken
-        self.cache = Path(self.experts) if self.n_off and self.experts != "self" else None
+
+    @property
+    def method(self) -> str:
+        return ("TGRL-" if self.n_off else "") + self.algorithm.upper()
+
+    def check_processes(self, n: int):
+        """All processes take an equal part of each update."""
+        update = self.questions_per_update
+        if update % n:
+            divisors = [str(i) for i in range(1, update + 1) if update % i == 0]
+            raise BadInput(
+                f"{n} processes cannot share --questions_per_update {update} equally: "
+                f"start {' or '.join(divisors)}, or give a multiple of {n}"
+            )
+        if self.questions_per_rollout % update:
+            raise BadInput(
+                f"--questions_per_rollout {self.questions_per_rollout} must be a multiple "
+                f"of --questions_per_update {update}"
+            )
+
+    def check_folder(self):
+        """Is it free, or to be resumed? Tells which options differ from before."""
+        path = Path(self.out, "metrics.jsonl")
+        if not path.exists():
+            return
+        if not self.resume:
+            hint = "--resume continues it, another --out begins one"
+            raise BadInput(f"--out {self.out} holds a run; {hint}")
+        configs = [record["config"] for record in read_records(path) if "config" in record]
+        for name, value in dataclasses.asdict(self).items():
+            before = configs[-1].get(name) if configs else value
+            if name not in ("resume", "generate_batch") and value != before:
+                say(f"--{name} is {value} from now on; it was {before}")
 
 
-def make_policy(actor, encoder: Encoder) -> Policy:
-    """The actor's weights in float32, sharded by FSDP2, which gathers a block in its dtype when it runs."""
+def make_policy(actor, unwritable: Tensor) -> Policy:
+    """The actor's weights in float32, sharded by FSDP2, which gathers a block when it runs."""
     with torch.device("meta"):  # so that no process ever holds all of it
-        policy = Policy(Qwen2_5_VLForConditionalGeneration(actor.config).float(), encoder.unwritable)
-    # cast_forward_inputs would round the vision tower's rotary embeddings, which the actor does not.
-    precision = MixedPrecisionPolicy(actor.dtype, torch.float32, cast_forward_inputs=False)
-    for block in [*policy.model.model.visual.blocks, *policy.model.model.language_model.layers, policy]:
+        policy = Policy(Qwen2_5_VLForConditionalGeneration(actor.config).float(), unwritable)
+
+    # cast_forward_inputs would round the vision tower's rotary embeddings, which the actor does
+    # not.
+    precision = MixedPrecisionPolicy(
+        param_dtype=actor.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in policy.model.model.visual.blocks:
         fully_shard(block, mp_policy=precision)
+    for block in policy.model.model.language_model.layers:
+        fully_shard(block, mp_policy=precision)
+    fully_shard(policy, mp_policy=precision)
+
+    # Each process takes its part of each tensor, without communication.
     policy.to_empty(device=actor.device)
     with torch.no_grad():
-        for mine, full in zip(policy.parameters(), actor.parameters(), strict=True):
-            mine.copy_(distribute_tensor(full.float(), mine.device_mesh, mine.placements, src_data_rank=None))
-        for mine, full in zip(policy.buffers(), actor.buffers(), strict=True):
-            mine.copy_(full)
+        for shard, full in zip(policy.parameters(), actor.parameters(), strict=True):
+            part = distribute_tensor(
+                full.float(), shard.device_mesh, shard.placements, src_data_rank=None
+            )
+            shard.copy_(part)
+        for buffer, full in zip(policy.buffers(), actor.buffers(), strict=True):
+            buffer.copy_(full)
     return policy
 
 
-class Run:  # what a step reads or changes; its state_dict is what a checkpoint holds
-    def __init__(self, options: Train):
-        self.options, self.out, self.experts = options, Path(options.out), {}
-        if options.cache and not options.cache.exists():
-            raise BadInput(f"no --experts {options.cache}; make it by `tgrl.py experts`, or take --n_off 0")
-        if (self.out / "metrics.jsonl").exists() and not options.resume:
-            raise BadInput(f"--out {self.out} holds a run; --resume continues it, another --out begins one")
-        self.accelerator, dtype = start_processes()
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        update = options.questions_per_update
-        if update % self.world or options.questions_per_rollout % update:
-            raise BadInput(f"{self.world} processes must divide --questions_per_update, and it the rollout's")
-        self.actor, processor = load_model(options.model, dtype)
-        self.actor.to(self.accelerator.device)  # samples; whole, in the dtype of computation
-        self.encoder = Encoder(processor, self.actor, options)
-        self.problems = load_problems(options.data, options.split, self.encoder)
-        val = options.val_data, options.val_split, self.encoder
-        self.held_out = load_problems(*val) if options.val_data else []
-        if options.cache:
-            self.experts = read_cache(options.cache, [p.id for p in self.problems])
-            if not any(self.experts.values()):
-                why = "as they are asked here; was it made for other data, instruction, pixels or tokenizer?"
-                raise BadInput(f"{options.cache} answers none of these questions {why}")
-        self.policy = make_policy(self.actor, self.encoder)  # is trained; sharded
-        self.ref = make_policy(self.actor, self.encoder).requires_grad_(False) if options.kl_coef else None
-        if options.checkpointing:
-            self.policy.model.activation_checkpointing_enable()
-        adam = dict(lr=options.lr, weight_decay=0.01, fused=self.actor.device.type == "cuda")  # [EasyR1]
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), **adam)
-        n = options.generate_batch = batch_that_fits(self.actor, options, self.policy)
-        self.step = self.drawn = 0  # steps done; questions drawn by all processes
-        if (checkpoints := sorted(self.out.glob("checkpoints/??????"))) and options.resume:
-            dcp.load({"run": self}, checkpoint_id=checkpoints[-1], no_dist=self.world == 1)
-        self.accelerator.wait_for_everyone()  # all have seen whether --out holds a run before one writes
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.write("metrics.jsonl", dict(method=options.method, config=dataclasses.asdict(options)))
-        say(f"{options.method} at step {self.step}, {self.world} x {self.actor.device}, {n} answers at once")
+@torch.no_grad()
+def copy_weights(policy: Policy, actor):
+    for target, source in zip(actor.parameters(), policy.parameters(), strict=True):
+        target.copy_(source.full_tensor())
 
-    def write(self, name: str, record: dict):
-        if self.rank == 0:
-            append_records(self.out / name, [record])
 
-    def state_dict(self) -> dict:
-        weights, optimizer = get_state_dict(self.policy, self.optimizer)
-        return dict(model_state_dict=weights, optim_state_dict=optimizer, step=self.step, drawn=self.drawn)
+def newest_checkpoint(out: Path) -> Path | None:
+    return max(out.glob("checkpoints/??????"), default=None)
 
-    def load_state_dict(self, state: dict):
-        self.step, self.drawn = state.pop("step"), state.pop("drawn")
-        set_state_dict(self.policy, self.optimizer, **state)
-        self.optimizer.param_groups[0]["lr"] = self.options.lr  # it may be another now
 
-    @torch.no_grad()
-    def refresh_actor(self):
-        for target, source in zip(self.actor.parameters(), self.policy.parameters(), strict=True):
-            target.copy_(source.full_tensor())
+def save_checkpoint(out: Path, policy: Policy, optimizer, progress: dict, accelerator: Accelerator):
+    """Written beside and renamed, so that a kill leaves the one before it. Keeps the last three."""
+    folder = out / "checkpoints" / f"{progress['step']:06}"
+    unfinished = folder.with_suffix(".tmp")
+    weights, moments = get_state_dict(policy, optimizer)
+    state = {"weights": weights, "optimizer": moments, "progress": progress}
+    # Each process writes its shards. A lone one does not exchange, which would slow it from then
+    # on.
+    dcp.save(state, checkpoint_id=unfinished, no_dist=accelerator.num_processes == 1)
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        for old in sorted(folder.parent.glob("??????"))[:-3]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
 
-    def save(self):
-        """A checkpoint, written beside and renamed: a kill leaves the one before it; and the model."""
-        folder = self.out / "checkpoints" / f"{self.step:06}"
-        if folder.exists():  # the one from which this run was resumed
-            return
-        beside = folder.with_suffix(".tmp")
-        # Each process writes its shards. A lone one does not exchange, which would slow it from then on.
-        dcp.save({"run": self}, checkpoint_id=beside, no_dist=self.world == 1)
-        if self.rank == 0:
-            self.actor.generation_config = self.encoder.generation_config
-            self.actor.save_pretrained(self.out / "model")
-            self.encoder.processor.save_pretrained(self.out / "model")
-            beside.rename(folder)
-            for old in sorted(folder.parent.glob("??????"))[:-3]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
 
-    def between_steps(self) -> dict:
-        """If it is due: a checkpoint, and greedy accuracy on the held-out questions; -> metrics."""
-        due = self.step % self.options.every == 0 or self.step == self.options.steps
-        if due and self.step:
-            self.save()
-        mine = self.held_out[self.rank :: self.world] if due else []
-        answers = answers_of(rollout(self.actor, self.encoder, mine, 1, temperature=0))
-        return {"accuracy": (sum(t.reward for t in answers), len(answers))}
+def load_checkpoint(
+    folder: Path, policy: Policy, optimizer, progress: dict, accelerator: Accelerator
+):
+    """Into policy, optimizer and progress, however many processes wrote it."""
+    weights, moments = get_state_dict(policy, optimizer)
+    state = {"weights": weights, "optimizer": moments, "progress": progress}
+    dcp.load(state, checkpoint_id=folder, no_dist=accelerator.num_processes == 1)
+    set_state_dict(
+        policy, optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizer"]
+    )
+    progress.update(state["progress"])
 
-    def draw(self, n: int) -> list[Problem]:
-        """n questions for each process, from one list that is shuffled anew for each epoch."""
-        first, mine = self.drawn + self.rank * n, []
-        self.drawn += self.world * n
-        for i in range(first, first + n):
-            epoch, place = divmod(i, len(self.problems))
-            order = torch.Generator().manual_seed(hash((self.options.seed, epoch)))
-            mine.append(self.problems[torch.randperm(len(self.problems), generator=order)[place]])
-        return mine
 
-    def add_experts(self, groups: list[Group]) -> dict:
-        """Up to n_off of a question's cached answers, at random; or one that the policy made; -> metrics."""
-        self_made = self.options.experts == "self" and self.options.n_off > 0
-        experts = rectify(self.actor, self.encoder, groups) if self_made else self.experts
+def export_model(folder: Path, actor, encoder: Encoder):
+    """The model so far, in Hugging Face's layout."""
+    actor.generation_config = encoder.generation_config
+    actor.save_pretrained(folder)
+    encoder.processor.save_pretrained(folder)
+
+
+def questions_from(problems: list[Problem], seed: int, first: int, n: int) -> list[Problem]:
+    """Number first to first + n - 1 of an endless list of questions, shuffled anew each epoch."""
+    drawn = []
+    for number in range(first, first + n):
+        epoch, place = divmod(number, len(problems))
+        generator = torch.Generator().manual_seed(hash((seed, epoch)))
+        order = torch.randperm(len(problems), generator=generator)
+        drawn.append(problems[order[place]])
+    return drawn
+
+
+# (actor, encoder, groups) -> the expert answers of each group, and metrics
+FindExperts = Callable[..., tuple[list[list[Trajectory]], dict]]
+
+
+def cached_experts(options: Train, problems: list[Problem]) -> FindExperts:
+    """A function that takes up to n_off of a question's cached answers, at random."""
+    path = Path(options.experts)
+    cache = read_cache(path, problems)
+    if not any(cache.values()):
+        raise BadInput(
+            f"{path} answers none of these questions as they are asked here; "
+            "was it made for other data, instruction, pixels or tokenizer?"
+        )
+
+    def find(actor, encoder: Encoder, groups: list[Group]):
+        experts = []
         for group in groups:
-            some = experts.get(group.problem.id, [])
-            order = torch.randperm(len(some))[: self.options.n_off]
-            group.trajectories += [dataclasses.replace(some[i]) for i in order]
-        return {"rectified": (sum(map(len, experts.values())), len(experts))} if self_made else {}
+            answers = cache[group.problem.id]
+            order = torch.randperm(len(answers))[: options.n_off]
+            experts.append([dataclasses.replace(answers[i]) for i in order])  # copies
+        return experts, {}
 
-    def report(self, metrics: list[dict]) -> dict:
-        """Add up the totals of all processes -> one record a step, and the gist of it on the terminal."""
-        metrics.append({"grader_errors": (grader_errors.total(), 1 / self.world)})
-        grader_errors.clear()
-        mine = [(name, float(a), float(b)) for totals in metrics for name, (a, b) in totals.items()]
-        sums, counts = collections.Counter(), collections.Counter()
-        for name, value, count in gather_object(mine):
-            sums[name] += value
-            counts[name] += count
-        means = {name: sums[name] / counts[name] for name in sums if counts[name]}
-        gist = "accuracy reward expert_reward contrast truncated entropy grad_norm seconds"
-        told = [f"{name} {means[name]:.3g}" for name in gist.split() if name in means]
-        say(f"step {self.step:>3}/{self.options.steps}  {'  '.join(told)}")
-        self.write("metrics.jsonl", {"step": self.step, **means})
-        return means
+    return find
 
-    def keep_groups(self, groups: list[Group]):
-        """For `eval.py show`: some groups as they were trained on."""
-        for group in groups if self.step % self.options.every == 0 else ():
-            p, decode = group.problem, self.encoder.tokenizer.decode
-            images = [base64.b64encode(image).decode() for image in p.images]
-            answers = [vars(t) | {"tokens": [decode([i]) for i in t.ids]} for t in group.trajectories]
-            record = dict(step=self.step, question=p.question, answer=p.answer, images=images)
-            self.write("groups.jsonl", record | {"answers": answers})
+
+def no_experts(actor, encoder: Encoder, groups: list[Group]):
+    return [[] for _ in groups], {}
 
 
 def set_advantages(group: Group, use_filter: bool):
-    rewards = torch.tensor([[t.reward for t in group.trajectories]])  # [1, G]
-    for t, advantage in zip(group.trajectories, group_advantages(rewards)[0].tolist(), strict=True):
-        t.expert_ok = t.reward == 1 or not t.is_expert or not use_filter  # Eq. 22
-        t.advantage = advantage  # Eq. 15, 16
-    group.has_contrast = len({t.reward for t in group.trajectories if t.expert_ok}) > 1
+    rewards = torch.tensor([[answer.reward for answer in group.answers]])  # [1, G]
+    advantages = group_advantages(rewards)[0].tolist()  # Eq. 15, 16
+    for answer, advantage in zip(group.answers, advantages, strict=True):
+        answer.advantage = advantage
+        if answer.is_expert and use_filter:
+            answer.expert_ok = answer.reward == 1  # Eq. 22
+    # If only a filtered expert answer differs, all others have one and the same advantage: they are
+    # not compared with each other.
+    group.has_contrast = len({answer.reward for answer in group.answers if answer.expert_ok}) > 1
 
 
-def describe(groups: list[Group]) -> dict:  # totals over groups that were drawn, chosen or not
-    own = [t for t in answers_of(groups) if not t.is_expert]
+def group_metrics(groups: list[Group]) -> dict:
+    """Sums and counts over groups that were drawn, chosen or not."""
+    own = [answer for answer in answers_of(groups) if not answer.is_expert]
     values = {
-        "reward": [t.reward for t in own],
-        "expert_reward": [t.reward for t in answers_of(groups) if t.is_expert],
-        "answer_tokens": [len(t.ids) for t in own],
-        "truncated": [not t.finished for t in own],
+        "reward": [answer.reward for answer in own],
+        "expert_reward": [answer.reward for answer in answers_of(groups) if answer.is_expert],
+        "answer_tokens": [len(answer.ids) for answer in own],
+        "truncated": [not answer.finished for answer in own],
         "contrast": [group.has_contrast for group in groups],
     }
     return {name: (sum(some), len(some)) for name, some in values.items()}
 
 
-def train(options: Train) -> dict:
-    """The method. Its lines stand in the order of the pseudocode at the top of this file."""
-    run = Run(options)
-    quota = options.questions_per_rollout // run.world  # groups that this process chooses
-    n_updates = options.questions_per_rollout // options.questions_per_update
-    clip = dict(sharpness=options.sharpness, clip_low=options.clip_low, clip_high=options.clip_high)
-    while run.step < options.steps:
-        start = time.perf_counter()
-        run.refresh_actor()
-        metrics = [run.between_steps()]
-        torch.manual_seed(hash((options.seed, run.step, run.rank)))  # so that a resumed run samples the same
+def count_answers(groups: list[Group], accelerator: Accelerator) -> list[int]:
+    """Answers, their tokens, own answers, their tokens: of all processes."""
+    answers = answers_of(groups)
+    own = [answer for answer in answers if not answer.is_expert]
+    n_tokens = sum(len(answer.ids) for answer in answers)
+    n_own_tokens = sum(len(answer.ids) for answer in own)
+    counts = torch.tensor([len(answers), n_tokens, len(own), n_own_tokens])
+    return accelerator.reduce(counts.to(accelerator.device), reduction="sum").tolist()
 
-        chosen, flat, tried, n = [], [], 0, quota  # groups with contrast, without; tried; to try next
+
+def remember(groups: list[Group], logp: Tensor, behavior_logp: Tensor):
+    """Both [N, T], for groups.jsonl."""
+    rows = zip(answers_of(groups), logp.tolist(), behavior_logp.tolist(), strict=True)
+    for answer, new, old in rows:
+        answer.logp = new[: len(answer.ids)]
+        answer.behavior_logp = old[: len(answer.ids)]
+
+
+def average(metrics: list[dict]) -> dict[str, float]:
+    """The mean of each metric over all its (sum, count) pairs, on all processes."""
+    pairs = []
+    for some in metrics:
+        for name, (total, count) in some.items():
+            pairs.append((name, float(total), float(count)))
+    totals = collections.Counter()
+    counts = collections.Counter()
+    for name, total, count in gather_object(pairs):
+        totals[name] += total
+        counts[name] += count
+    return {name: totals[name] / counts[name] for name in totals if counts[name]}
+
+
+def greedy_accuracy(actor, encoder: Encoder, problems: list[Problem]) -> tuple[float, int]:
+    """How many greedy answers are right, and of how many."""
+    n_right = 0
+    for part in batches(problems, encoder.options.generate_batch):
+        answers = answers_of(rollout(actor, encoder, part, n=1, temperature=0.0))
+        n_right += sum(answer.reward for answer in answers)
+    return n_right, len(problems)
+
+
+def kept_group(group: Group, step: int, encoder: Encoder) -> dict:
+    """A group as it was trained on, as a record for `eval.py show`."""
+    answers = []
+    for answer in group.answers:
+        tokens = [encoder.tokenizer.decode([token]) for token in answer.ids]
+        answers.append({**vars(answer), "tokens": tokens})
+    return {
+        "step": step,
+        "question": group.problem.question,
+        "answer": group.problem.answer,
+        "images": [base64.b64encode(image).decode() for image in group.problem.images],
+        "answers": answers,
+    }
+
+
+def summary(means: dict[str, float]) -> str:
+    names = "accuracy reward expert_reward contrast truncated entropy grad_norm seconds"
+    return "  ".join(f"{name} {means[name]:.3g}" for name in names.split() if name in means)
+
+
+# Like its pseudocode it is one piece, hence longer than ruff would have it.
+def train(options: Train, find_experts: FindExperts | None = None) -> dict:  # noqa: C901
+    """The method, in the order of the pseudocode above. -> the last metrics
+
+    Without find_experts, experts come from the cache.
+    """
+    out = Path(options.out)
+    if options.n_off and not find_experts and not Path(options.experts).exists():
+        raise BadInput(
+            f"no --experts {options.experts}; make it by `tgrl.py experts`, or take --n_off 0"
+        )
+    options.check_folder()
+
+    # Processes: each samples and trains on its own groups.
+    accelerator, dtype = start_processes(options.log_with, options.out)
+    n_processes = accelerator.num_processes
+    options.check_processes(n_processes)
+
+    # The actor, which samples: whole on each process, in the dtype of computation.
+    actor, processor = load_model(options.model, dtype)
+    actor.to(accelerator.device)
+    encoder = Encoder(processor, actor, options)
+
+    # Questions, and where experts come from.
+    problems = load_problems(options.data, options.split, encoder)
+    held_out = []
+    if options.val_data:
+        held_out = load_problems(options.val_data, options.val_split, encoder)
+        held_out = held_out[accelerator.process_index :: n_processes]
+    if options.n_off == 0:
+        find_experts = no_experts
+    elif find_experts is None:
+        find_experts = cached_experts(options, problems)
+
+    # The policy, which learns: sharded, in float32; and for GRPO's KL a copy that does not.
+    policy = make_policy(actor, encoder.unwritable)
+    reference = None
+    if options.kl_coef:
+        reference = make_policy(actor, encoder.unwritable).requires_grad_(False)
+    if options.checkpointing:
+        policy.model.activation_checkpointing_enable()
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=options.lr,
+        weight_decay=0.01,  # [EasyR1]
+        fused=accelerator.device.type == "cuda",
+    )
+
+    # The newest checkpoint. Random numbers need none: each step seeds them.
+    progress = {"step": 0, "n_drawn": 0, "generate_batch": options.generate_batch}
+    if newest_checkpoint(out):
+        load_checkpoint(newest_checkpoint(out), policy, optimizer, progress, accelerator)
+        optimizer.param_groups[0]["lr"] = options.lr  # it may be another now
+        options.generate_batch = min(options.generate_batch, progress["generate_batch"])
+
+    # Files and bar.
+    accelerator.wait_for_everyone()  # all have looked into --out before one writes there
+    out.mkdir(parents=True, exist_ok=True)
+    accelerator.init_trackers("tgrl", config=dataclasses.asdict(options))
+
+    def write(name: str, record: dict):
+        if accelerator.is_main_process:
+            append_records(out / name, [record])
+
+    write("metrics.jsonl", {"method": options.method, "config": dataclasses.asdict(options)})
+    say(f"{options.method} from step {progress['step']}, {n_processes} x {accelerator.device}")
+    bar = tqdm(
+        total=options.steps,
+        initial=progress["step"],
+        unit="step",
+        disable=None if accelerator.is_main_process else True,
+    )
+
+    def show(done: int, of: int):
+        bar.set_postfix_str(f"rollout {done}/{of}")
+
+    # How good it is before training, or was at the checkpoint.
+    copy_weights(policy, actor)
+    means = average([{"accuracy": greedy_accuracy(actor, encoder, held_out)}])
+    if means:
+        write("metrics.jsonl", {"step": progress["step"], **means})
+
+    for step in range(progress["step"] + 1, options.steps + 1):
+        started = time.perf_counter()
+        torch.manual_seed(hash((options.seed, step, accelerator.process_index)))
+        metrics = []
+
+        # 1. Draw questions until every process has enough groups that can teach.
+        quota = options.questions_per_rollout // n_processes
+        groups = []
+        without_contrast = []
+        n_drawn = 0  # in this step, by all processes
+        n_questions = quota  # to draw next, by each process
         for _ in range(options.max_draws):
-            tried += n
-            groups = rollout(run.actor, run.encoder, run.draw(n), options.n_on)  # Eq. 3, 13
-            metrics.append(run.add_experts(groups))  # Eq. 14
-            for group in groups:
+            first = progress["n_drawn"] + accelerator.process_index * n_questions
+            questions = questions_from(problems, options.seed, first, n_questions)
+            progress["n_drawn"] += n_processes * n_questions
+            n_drawn += n_processes * n_questions
+
+            drawn = rollout(actor, encoder, questions, n=options.n_on, progress=show)  # Eq. 3, 13
+
+            # Add experts, and see whether rewards differ.
+            experts, expert_metrics = find_experts(actor, encoder, drawn)
+            for group, expert_answers in zip(drawn, experts, strict=True):
+                group.answers += expert_answers  # Eq. 14
                 set_advantages(group, options.filter)  # Eq. 15, 16, 22
-                (chosen if group.has_contrast else flat).append(group)
-            metrics.append(describe(groups))
-            del flat[quota:]  # their pictures take memory
-            found = gather_object([len(chosen)])  # so all processes decide alike
-            # for each process: what the neediest one lacks / the share of groups with contrast so far
-            n = min(quota, math.ceil((quota - min(found)) * tried * run.world / max(1, sum(found))))
-            if n <= 0:
+                if group.has_contrast:
+                    groups.append(group)
+                elif len(without_contrast) < quota:
+                    without_contrast.append(group)
+            metrics += [group_metrics(drawn), expert_metrics]
+
+            # All processes decide alike, as they know the numbers of all. The next draw is as large
+            # as the process that lacks most is likely to need.
+            n_found = gather_object([len(groups)])
+            missing = quota - min(n_found)
+            if missing <= 0:
                 break
-        # A surplus is dropped, groups without contrast fill a gap; GRPO, which draws once, takes all.
-        chosen = (chosen + flat)[:quota]
-        if n_updates > 1:  # pi_old, by the policy itself; for a single update it is logp, below
-            for t, logp in score(run.policy, chosen, options.micro_batch):
-                t.behavior_logp = t.behavior_logp if t.is_expert else logp
+            rate = sum(n_found) / n_drawn
+            n_questions = quota if rate == 0 else min(quota, math.ceil(missing / rate))
+
+        # A surplus is dropped; a gap is filled with groups without contrast. GRPO, which draws
+        # once, takes all groups.
+        groups = (groups + without_contrast)[:quota]
+
+        # 2. log pi_old, by the policy itself, as the sampler's log-probs are rounded otherwise.
+        # With a single update, the forward pass below gives it.
+        n_updates = options.questions_per_rollout // options.questions_per_update
+        if n_updates > 1:
+            for answer, logp in score(policy, groups, options.micro_batch):
+                if not answer.is_expert:
+                    answer.behavior_logp = logp
+
+        # 3. Update the policy, each time on a part of the groups.
+        policy.train()
+        average_of = "dapo" if options.token_mean else "grpo"
         for i in range(n_updates):
-            groups = chosen[i::n_updates]  # a stride, so that each update gets some of both kinds
-            mine = [(len(t.ids), t.is_expert) for t in answers_of(groups)]
-            lengths, is_expert = zip(*gather_object(mine), strict=True)  # of the answers on all processes
-            counts = torch.tensor(lengths) ** int(options.token_mean)  # an answer's tokens (^1) or 1 (^0)
-            own = counts[~torch.tensor(is_expert)].sum()
-            kl_coef = options.kl_coef * float(counts.sum() / own)  # so the KL is a mean over the policy's own
-            for part in batches(groups, options.micro_batch):
-                batch = pack(part, run.actor.device, run.policy.c1_by_c2)
-                logp = run.policy.train()(batch)  # [N, T]
-                behavior_logp = torch.where(batch.behavior_logp.isnan(), logp.detach(), batch.behavior_logp)
-                labels = batch.mask, batch.advantages, batch.is_expert, batch.expert_ok
-                shares = token_shares(batch.mask, options.average, len(lengths), sum(lengths))
-                kl = dict(kl_coef=kl_coef, ref_logp=run.ref(batch)) if run.ref else {}
-                loss, totals = tgrl_loss(logp, behavior_logp, *labels, shares, **clip, **kl)  # Eq. 17-25
-                (loss * run.world).backward()  # FSDP averages gradients over processes
-                for t, new, old in zip(answers_of(part), logp.tolist(), behavior_logp.tolist(), strict=True):
-                    t.logp, t.behavior_logp = new[: len(t.ids)], old[: len(t.ids)]
+            bar.set_postfix_str(f"update {i + 1}/{n_updates}")
+            part = groups[i::n_updates]  # a stride, so that each update gets some of both kinds
+
+            # What this update averages over, on all processes.
+            n_answers, n_tokens, n_own_answers, n_own_tokens = count_answers(part, accelerator)
+
+            for micro_batch in batches(part, options.micro_batch):
+                batch = send_to_device(pack(micro_batch, policy.c1_by_c2), accelerator.device)
+                logp = policy(batch)  # [N, T], with gradient
+                behavior_logp = batch.behavior_logp
+                if n_updates == 1:
+                    # pi_old is pi_theta.
+                    is_expert = batch.is_expert[:, None]
+                    behavior_logp = torch.where(is_expert, behavior_logp, logp.detach())
+
+                shares = token_shares(batch.mask, average_of, n_answers, n_tokens)
+                is_own = batch.mask & ~batch.is_expert[:, None]
+                kl_shares = token_shares(is_own, average_of, n_own_answers, n_own_tokens)
+                loss, totals = tgrl_loss(
+                    logp=logp,
+                    behavior_logp=behavior_logp,
+                    mask=batch.mask,
+                    advantages=batch.advantages,
+                    is_expert=batch.is_expert,
+                    expert_ok=batch.expert_ok,
+                    shares=shares,
+                    sharpness=options.sharpness if options.reweight else None,
+                    clip_low=options.clip_low,
+                    clip_high=options.clip_high,
+                    kl_coef=options.kl_coef,
+                    ref_logp=reference(batch) if reference else None,
+                    kl_shares=kl_shares,
+                )  # Eq. 17-25
+                (loss * n_processes).backward()  # FSDP averages gradients over processes
                 metrics.append(totals)
-            norm = nn.utils.clip_grad_norm_(run.policy.parameters(), 1.0).full_tensor()  # [EasyR1]
-            if 0 < norm < math.inf:  # at 0 only momentum and weight decay would move the policy
-                run.optimizer.step()
-            run.optimizer.zero_grad()
+                remember(micro_batch, logp, behavior_logp)
+
+            # Clip as EasyR1. A gradient of 0 is no step: only momentum and weight decay would act.
+            norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm=1.0)
+            norm = norm.full_tensor()
+            if 0 < norm < math.inf:
+                optimizer.step()
+            optimizer.zero_grad()
             metrics.append({"grad_norm": (norm, 1)})
-        metrics.append({"seconds": (time.perf_counter() - start, 1)})
-        run.report(metrics)
-        run.keep_groups(chosen[:4])
-        run.step += 1
-    run.refresh_actor()
-    return run.report([run.between_steps()])
+
+        # 4. The actor gets the new weights.
+        copy_weights(policy, actor)
+
+        # 5. Log, save, evaluate.
+        metrics.append({"seconds": (time.perf_counter() - started, 1)})
+        n_errors = grader_errors.total()
+        metrics.append({"grader_errors": (n_errors, 1 / n_processes)})  # a sum over processes
+        grader_errors.clear()
+        means = average(metrics)
+        write("metrics.jsonl", {"step": step, **means})
+        progress.update(step=step, generate_batch=options.generate_batch)
+        if step % options.every == 0 or step == options.steps:
+            for group in groups[:4]:
+                write("groups.jsonl", kept_group(group, step, encoder))
+            if accelerator.is_main_process:
+                export_model(out / "model", actor, encoder)
+            save_checkpoint(out, policy, optimizer, progress, accelerator)
+            bar.set_postfix_str("evaluation")
+            accuracy = average([{"accuracy": greedy_accuracy(actor, encoder, held_out)}])
+            if accuracy:
+                write("metrics.jsonl", {"step": step, **accuracy})
+                means |= accuracy
+        accelerator.log(means, step=step)
+        say(f"step {step:>3}/{options.steps}  {summary(means)}")
+        bar.update()
+
+    bar.close()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    say(f"the trained model is in {out / 'model'}")
+    return means
 
 
-# ===== 8. The toy: everything above, tiny and real, on a CPU ==========================================
-# .toy/ holds questions, a student and an expert, made once; its README says how, and how good they are.
+# ===== 8. Experts of its own, after IVR-R1 (arXiv 2605.23997), written from its abstract ==========
+# A wrong answer is cut before the first step that the policy doubts. The question is asked again,
+# with the picture once more and a request to look, and the answer is continued from there, several
+# times. The first right continuation becomes the group's expert; if there is none, a wrong one is
+# cut in the next round.
+
+LOOK = "Look once more, closely, and go on from where the answer stands."
+DOUBTED = -2.0  # a token with a lower log-prob makes its step suspect
+
+
+def before_doubt(answer: Trajectory, decode: Callable) -> int:
+    """How many tokens stand before the first step (sentence or line) with a doubted token."""
+    # The first one, as what follows a slip is doubted, too; if there is none, the least likely
+    # token.
+    cut = answer.behavior_logp.index(min(answer.behavior_logp))
+    for place, logp in enumerate(answer.behavior_logp):
+        if logp < DOUBTED:
+            cut = place
+            break
+    # Back to where its step begins: behind a line break, or behind a full stop and a space.
+    while cut > 0:
+        seam = decode(answer.ids[cut - 1]) + decode(answer.ids[cut])[:1]
+        if re.search(r"(?s)\n.|[.!?;]\s", seam):
+            break
+        cut -= 1
+    return cut
+
+
+def look_again(problem: Problem, begun: list[int], encoder: Encoder) -> Prompt:
+    """The question with its picture and the request to look, then the answer's beginning."""
+    question = f"{problem.question}\n{IMAGE * len(problem.images)} {LOOK}"
+    prompt = encoder(dataclasses.replace(problem, question=question, images=problem.images * 2))
+    offsets = torch.arange(1, len(begun) + 1)
+    positions = prompt.positions[-1] + offsets[:, None]  # [T, 3]
+    return dataclasses.replace(
+        prompt,
+        ids=torch.cat([prompt.ids, torch.tensor(begun, dtype=torch.long)]),
+        positions=torch.cat([prompt.positions, positions]),
+    )
+
+
+def rectify(actor, encoder: Encoder, groups: list[Group], tries: int, rounds: int):
+    """-> for each group [a right answer made of a wrong one] or [], and the share put right.
+
+    Every token's behavior_logp is its log-prob under the prompt that it was really written with.
+    """
+    judge = Policy(actor, encoder.unwritable)
+    experts = [[] for _ in groups]
+
+    # A group's first wrong answer, with its log-probs.
+    flawed = {}  # number of the group -> a group of that answer alone
+    for number, group in enumerate(groups):
+        wrong = [answer for answer in group.answers if answer.reward == 0]
+        if wrong:
+            flawed[number] = Group(group.problem, group.prompt, [dataclasses.replace(wrong[0])])
+    n_flawed = len(flawed)
+    for answer, logp in score(judge, list(flawed.values()), encoder.options.micro_batch):
+        answer.behavior_logp = logp
+
+    for _ in range(rounds):
+        # Cut each before its first doubted step, and ask to look again from there.
+        prompts = []
+        for group in flawed.values():
+            [answer] = group.answers
+            cut = before_doubt(answer, encoder.tokenizer.decode)
+            answer.ids = answer.ids[:cut]
+            answer.behavior_logp = answer.behavior_logp[:cut]
+            prompts.append(look_again(group.problem, answer.ids, encoder))
+        continuations = sample(actor, encoder, prompts, tries)
+
+        # Take the first right continuation, or else the first one for the next round.
+        still_flawed = {}
+        for (number, group), prompt, ends in zip(
+            flawed.items(), prompts, continuations, strict=True
+        ):
+            [begun] = group.answers
+            answers = []
+            for end in ends:
+                ids = (begun.ids + end)[: encoder.options.max_answer]
+                answers.append(grade(ids, group.problem, encoder))
+            right = [answer for answer in answers if answer.reward == 1 and answer.finished]
+            answer = right[0] if right else answers[0]
+
+            # What was kept has its log-probs; the end was written with this prompt.
+            end = Trajectory(answer.ids[len(begun.ids) :], text="", reward=0.0)
+            [(_, end_logp)] = score(judge, [Group(group.problem, prompt, [end])], size=1)
+            answer.behavior_logp = begun.behavior_logp + end_logp
+            if right:
+                answer.source = "self"
+                answer.is_expert = True
+                experts[number] = [answer]
+            else:
+                still_flawed[number] = Group(group.problem, prompt, [answer])
+        flawed = still_flawed
+
+    n_right = sum(len(answers) for answers in experts)
+    return experts, {"rectified": (n_right, n_flawed)}
+
+
+# ===== 9. The toy, and the command line ===========================================================
+# .toy/ holds questions, a student and an expert, made once; its README says how, and how good they
+# are.
 
 TOY_WORLD = Path(__file__).resolve().parent / ".toy"
 TOY = dict(  # how the toy's questions are asked and answered
@@ -1069,24 +1832,34 @@ class Toy:
     out: str = "runs/toy"  # folder of all files
 
 
-def greedy_accuracy(model: str, data: Path) -> float:
+def own_experts(options: Train) -> FindExperts | None:
+    """For --experts self the function that makes them; else None, for the cache."""
+    if options.experts != "self" or options.n_off == 0:
+        return None
+    return functools.partial(rectify, tries=options.tries, rounds=options.rounds)
+
+
+def accuracy_of(model: str, data: Path) -> float:
     actor, processor = load_model(model)
     encoder = Encoder(processor, actor, Options(**TOY))
-    problems = load_problems(str(data), "test", encoder)
-    answers = answers_of(rollout(actor, encoder, problems, n=1, temperature=0))
-    return sum(t.reward for t in answers) / len(answers)
+    n_right, n = greedy_accuracy(actor, encoder, load_problems(str(data), "test", encoder))
+    return n_right / n
 
 
 def toy(options: Toy):
-    start = time.perf_counter()
+    started = time.perf_counter()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise BadInput("the toy is for one process; start it by `python tgrl.py`")
     if not TOY_WORLD.exists():
         raise BadInput(f"no folder {TOY_WORLD}; it comes with the repository, beside tgrl.py")
 
-    data, cache = f"{TOY_WORLD}/train.parquet", f"{options.out}/experts.jsonl"
+    data = f"{TOY_WORLD}/train.parquet"
+    experts = "self"
     if options.experts == "cache":
-        make_experts(Experts(model=f"{TOY_WORLD}/expert", data=data, experts=cache, samples=2, **TOY))
+        experts = f"{options.out}/experts.jsonl"
+        make_experts(
+            Experts(model=f"{TOY_WORLD}/expert", data=data, experts=experts, samples=2, **TOY)
+        )
 
     accuracy = {}
     for n_on, n_off in ((8, 0), (7, 1)):
@@ -1094,7 +1867,7 @@ def toy(options: Toy):
             model=f"{TOY_WORLD}/student",
             data=data,
             val_data=f"{TOY_WORLD}/test.parquet",
-            experts=cache if options.experts == "cache" else "self",
+            experts=experts,
             algorithm=options.algorithm,
             n_on=n_on,
             n_off=n_off,
@@ -1110,30 +1883,52 @@ def toy(options: Toy):
         )
         training.out = f"{options.out}/{training.method}"
         shutil.rmtree(training.out, ignore_errors=True)  # of an earlier toy
-        known = train(training)["accuracy"]
-        unseen = greedy_accuracy(f"{training.out}/model", TOY_WORLD / "unseen.parquet")
+        known = train(training, own_experts(training))["accuracy"]
+        unseen = accuracy_of(f"{training.out}/model", TOY_WORLD / "unseen.parquet")
         accuracy[training.method] = known, unseen
 
     print(f"\nGreedy accuracy after {options.steps} steps of 24 questions, 8 answers to each:")
     print(f"  {'':10} new pictures   new pairs of sides")
     for method, (known, unseen) in accuracy.items():
         print(f"  {method:10} {known:12.1%} {unseen:20.1%}")
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - started
     print(f"{seconds:.0f} seconds; to look at both: python eval.py show {options.out}/*PO")
+
+
+LEAST = {"n_on": 2, "n_off": 0, "seed": 0}  # of all other whole numbers 1
+
+
+def check_numbers(options):
+    for name, value in vars(options).items():
+        if type(value) is int and value < LEAST.get(name, 1):
+            raise BadInput(f"--{name} must be at least {LEAST.get(name, 1)}, not {value}")
 
 
 def main():
     try:
-        options = tyro.cli(Toy | Experts | Train, default=Toy(), description=__doc__, use_underscores=True)
-        for name, value in vars(options).items():
-            least = {"n_on": 2, "n_off": 0, "generate_batch": 0, "seed": 0}.get(name, 1)
-            if type(value) is int and value < least:
-                raise BadInput(f"--{name} must be at least {least}, not {value}")
-        {Toy: toy, Experts: make_experts, Train: train}[type(options)](options)
-        torch.distributed.destroy_process_group()  # else threads of gloo may outlive Python, and abort it
+        options = tyro.cli(
+            Toy | Experts | Train, default=Toy(), description=__doc__, use_underscores=True
+        )
+        check_numbers(options)
+        if isinstance(options, Toy):
+            toy(options)
+        elif isinstance(options, Experts):
+            make_experts(options)
+        else:
+            train(options, own_experts(options))
+        torch.distributed.destroy_process_group()
     except (BadInput, OSError, KeyboardInterrupt) as error:
         raise SystemExit(f"tgrl.py: {str(error) or 'stopped'}") from None
 
 
+def leave():
+    """End the process at once. A thread that a library left behind may abort Python's own end: then
+    torchrun calls a run failed of which all is written."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
     main()
+    leave()

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / ".toy")]
@@ -25,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / ".toy")]
 import make
 import torch
 import transformers
+from accelerate.utils import send_to_device
 from PIL import Image
 
 import tgrl
@@ -53,7 +55,8 @@ def build(name: str, dtype: torch.dtype):
     return model, processor
 
 
-def start(options, folder: str) -> tgrl.Run:
+def start(options, folder: str) -> SimpleNamespace:
+    """What tgrl.train sets up."""
     everywhere, side = options.questions * int(os.environ.get("WORLD_SIZE", 1)), options.pixels
     picture = Image.frombytes("RGB", (side, side), random.Random(0).randbytes(3 * side * side))
     picture.save(f"{folder}/picture.png")
@@ -64,17 +67,34 @@ def start(options, folder: str) -> tgrl.Run:
     how |= dict(max_answer=options.tokens, checkpointing=options.model in REAL)
     how |= dict(questions_per_rollout=everywhere, questions_per_update=everywhere)
     tgrl.load_model = build
-    run = tgrl.Run(tgrl.Train(**how))
+    settings = tgrl.Train(**how)
+    accelerator, dtype = tgrl.start_processes()
+    actor, processor = tgrl.load_model(options.model, dtype)
+    actor.to(accelerator.device)
+    encoder = tgrl.Encoder(processor, actor, settings)
+    problems = tgrl.load_problems(settings.data, "train", encoder)
     # No answer ends early; and the many ids that the toy's tokenizer lacks are not left out of the softmax.
-    run.encoder.unwritable = run.policy.unwritable = torch.tensor([5, 6, *run.encoder.ends])
-    return run
+    encoder.unwritable = torch.tensor([5, 6, *encoder.ends])
+    policy = tgrl.make_policy(actor, encoder.unwritable)
+    if settings.checkpointing:
+        policy.model.activation_checkpointing_enable()
+    fused = accelerator.device.type == "cuda"
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.lr, weight_decay=0.01, fused=fused)
+    return SimpleNamespace(
+        actor=actor,
+        encoder=encoder,
+        problems=problems,
+        policy=policy,
+        optimizer=optimizer,
+        world=accelerator.num_processes,
+    )
 
 
-def update(run: tgrl.Run, groups: list, size: int, c1_by_c2: float):
+def update(run: SimpleNamespace, groups: list, size: int, c1_by_c2: float):
     """As in tgrl.train, without experts."""
     clip, n_tokens = dict(clip_low=0.2, clip_high=0.28), sum(len(t.ids) for t in tgrl.answers_of(groups))
     for part in tgrl.batches(groups, size):
-        batch = tgrl.pack(part, run.actor.device, c1_by_c2)
+        batch = send_to_device(tgrl.pack(part, c1_by_c2), run.actor.device)
         logp = run.policy.train()(batch)
         what = batch.mask, batch.advantages, batch.is_expert, batch.expert_ok
         shares = tgrl.token_shares(batch.mask, "dapo", n_tokens=n_tokens)
@@ -95,7 +115,7 @@ def measure(job) -> tuple[float, float]:
     return time.perf_counter() - begun, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
 
 
-def bench(run: tgrl.Run, questions: int, n: int, tokens: int, size: int, repeats: int):
+def bench(run: SimpleNamespace, questions: int, n: int, tokens: int, size: int, repeats: int):
     """n answers to each question; size: questions of a forward pass."""
     rng, prompt, net = random.Random(0), run.encoder(run.problems[0]), run.policy.model
     together, apart = [], []

@@ -26,7 +26,7 @@ def real_tokens(toy: Path, reward: float):
     model, processor = tgrl.load_model(str(tgrl.TOY_WORLD / "student"))
     encoder = tgrl.Encoder(processor, model, tgrl.Options(**tgrl.TOY))
     problems = tgrl.load_problems(f"{tgrl.TOY_WORLD}/train.parquet", "train", encoder)
-    experts = tgrl.read_cache(toy / "experts.jsonl", [p.id for p in problems])
+    experts = tgrl.read_cache(toy / "experts.jsonl", problems)
     groups = []
     for problem in problems:
         answers = [t for t in experts[problem.id] if t.reward == reward]

@@ -74,7 +74,7 @@ def guesses(policy: Watched, encoder, problem, blank, ids: list[int]) -> dict[st
     answer, bounds = tgrl.Trajectory(ids, "", 0.0), step_bounds(ids, encoder.tokenizer)
     unseen = policy(tgrl.pack([tgrl.Group(blank, encoder(blank), [answer])]))[0]
     logp = policy(tgrl.pack([tgrl.Group(problem, encoder(problem), [answer])]))[0]
-    answer.logp = logp.tolist()
+    answer.behavior_logp = logp.tolist()
 
     def worst(sign) -> list[float]:
         return [float(sign[a:b].min()) for a, b in bounds]
@@ -90,7 +90,7 @@ def guesses(policy: Watched, encoder, problem, blank, ids: list[int]) -> dict[st
     }
     for bound in BOUNDS:
         found[f"first regret above {bound}"] = first(worst(regret), -bound)
-    cut = len(tgrl.before_doubt(answer, encoder.tokenizer.decode))
+    cut = tgrl.before_doubt(answer, encoder.tokenizer.decode)
     found["tgrl.before_doubt"] = next(i for i, (a, b) in enumerate(bounds) if a <= cut < b)
     return found
 

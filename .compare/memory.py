@@ -17,7 +17,6 @@ from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where there is a GPU, leave it alone
 
-import bench
 import torch
 from torch import distributed, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -25,6 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import flop_registry
 from transformers.vision_utils import get_vision_window_index
 
+import bench
 import tgrl
 
 PROMPT, SIDE, ANSWERS = 1500, 38, 8  # tokens; tokens along an edge of the picture; answers of the group
@@ -92,7 +92,7 @@ def make_batch(tokens: int, c1_by_c2: float) -> SimpleNamespace:
         ids, grid = torch.full((PROMPT,), 10), torch.tensor([[1, 2 * SIDE, 2 * SIDE]])
         prompt = tgrl.Prompt(ids, ids[:, None].expand(-1, 3), torch.zeros(4 * SIDE**2, 1176), grid)
         answers = [tgrl.Trajectory([10] * tokens, "", 0.0) for _ in range(ANSWERS)]
-        batch = tgrl.pack([tgrl.Group(None, prompt, answers)], "cpu", c1_by_c2)
+        batch = SimpleNamespace(**tgrl.pack([tgrl.Group(None, prompt, answers)], c1_by_c2)._asdict())
         # The vision tower is told ten of its windows as one: as many bytes, 1 % more FLOPs, in half the time.
         places, ends = get_vision_window_index(batch.vision["image_grid_thw"], 2, 112, 14)
         batch.vision.update(window_index=places, cu_window_seqlens=torch.cat([ends[:-1:10], ends[-1:]]))
@@ -129,7 +129,7 @@ def main():
         with FakeTensorMode(allow_non_fake_inputs=True), card:
             actor, processor = bench.build(name, torch.bfloat16)
             held = [card.now]
-            policy = tgrl.make_policy(actor, tgrl.Encoder(processor, actor, tgrl.Options()))
+            policy = tgrl.make_policy(actor, tgrl.Encoder(processor, actor, tgrl.Options()).unwritable)
             held.append(card.now - sum(held))
             policy.model.activation_checkpointing_enable()
             optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.01, fused=True)

@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
 from tables import DEFAULT, SHARPNESS, STUDENT_T, VARIANTS, read_results
 
 

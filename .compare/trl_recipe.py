@@ -132,7 +132,7 @@ def main():
     if options.plain:
         trainer = trl.GRPOTrainer(model, right, config, **parts)
     else:
-        cache = tgrl.read_cache(options.toy / "experts.jsonl", [p.id for p in questions])
+        cache = tgrl.read_cache(options.toy / "experts.jsonl", questions)
         experts = {q: [(t.ids, t.behavior_logp) for t in answers] for q, answers in cache.items()}
         parts |= dict(experts=experts, sharpness=14.0 if options.loss_type == "dapo" else 5.0)
         trainer = TGRLTrainer(model, right, config, **parts)

@@ -58,7 +58,7 @@ def make_files(shape, folder: Path) -> list[Image.Image]:
     pictures, rows = [], []
     for _ in range(shape.questions):
         pictures.append(Image.frombytes("RGB", (side, side), rng.randbytes(3 * side**2)))
-        rows.append({"images": [pictures[-1]], "problem": tgrl.PLACEHOLDER + QUESTION, "answer": "1"})
+        rows.append({"images": [pictures[-1]], "problem": tgrl.IMAGE + QUESTION, "answer": "1"})
     text = datasets.Value("string")
     columns = datasets.Features(images=[datasets.Image()], problem=text, answer=text)
     datasets.Dataset.from_list(rows, columns).to_parquet(folder / "questions.parquet")

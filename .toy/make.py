@@ -90,7 +90,9 @@ def write_answer(rng: random.Random, width: int, height: int, p_right: float) ->
         total_step = f"{area}-{edge}"
 
     sides = f"width {width}, height {height}."
-    steps = f"area = {area_step} = {area}. edge = {edge_step} = {edge}. total = {total_step} = {total}"
+    steps = (
+        f"area = {area_step} = {area}. edge = {edge_step} = {edge}. total = {total_step} = {total}"
+    )
     return f"<think>{sides} {steps}</think>\\boxed{{{total}}}"
 
 
@@ -232,7 +234,9 @@ def warm_up(
     """Supervised training: each step takes 16 pictures with 4 answers each."""
     policy = tgrl.Policy(model.train(), encoder.unwritable)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=lr, total_steps=steps, pct_start=0.1
+    )
     for _ in range(steps):
         groups = []
         for width, height, looking, prompt in rng.sample(lessons, 16):
@@ -301,7 +305,7 @@ def measure(model, encoder: tgrl.Encoder, path: Path) -> dict[str, float]:
     groups = tgrl.rollout(model, encoder, problems, n=1, temperature=0)
     sums = dict.fromkeys(("sides", "area", "edge", "total", "answer"), 0.0)
     for group in groups:
-        [answer] = group.trajectories
+        [answer] = group.answers
         steps = right_steps(answer.text, *sides_of(group.problem.images[0]))
         for name, right in steps.items():
             sums[name] += right
@@ -325,7 +329,11 @@ def print_table(folder: Path):
         encoder = tgrl.Encoder(processor, model, tgrl.Options(**tgrl.TOY))
         for rows in ("test", "unseen"):
             shares = measure(model, encoder, folder / f"{rows}.parquet")
-            print(f"| {name} | {rows} | " + " | ".join(f"{share:.1%}" for share in shares.values()) + " |")
+            print(
+                f"| {name} | {rows} | "
+                + " | ".join(f"{share:.1%}" for share in shares.values())
+                + " |"
+            )
 
 
 if __name__ == "__main__":
