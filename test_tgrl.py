@@ -34,6 +34,7 @@ import datasets
 import make
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -589,7 +590,8 @@ $1$, $2$ ~ 1 | 1$2 ~ 1 | R^2-r^2 ~ 0 | \pi(R+r) ~ 2\pi r | 2x=60 ~ 60 | AB+BC=12
 60°, 30° ~ 30, 60 | $5$ or $6$ ~ 6 | \sqrt{221} ~ 221 | 2\pi ~ \pi | 1e999999999 ~ 1
 \frac{1}{0} ~ 1 | . ~ 5 | $ ~ 5 | ~ ~ 5 | 2 - \infty^\infty ~ 5 | 1°)√\boxed 2 ~ 2 | 5 s ~ 5 m
 5 m ~ 5 miles | 5 ≈ 6 ~ 6 | 5-3-2-1-4 ~ 5-3-1-2-4 | 2 & 3 ~ 3 & 2 | increases ~ decreases
-increase by 5 ~ decrease by 5 | 12:30 ~ 30:12 | A. edge ~ B | 2x = 60 ~ 60
+increase by 5 ~ decrease by 5
+\pi\infty ~ \infty | 1-\infty ~ -\infty | 12:30 ~ 30:12 | A. edge ~ B | 2x = 60 ~ 60
 """
 # What means the same, and is unequal on purpose: no rule for it.
 UNEQUAL = r"""
@@ -666,6 +668,24 @@ def test_the_grading_process_ends_with_ours():
         [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=HERE, timeout=120
     )
     assert done.returncode == -9 and done.stdout == b"True\n"
+
+
+def test_a_script_grades_and_outlives_hostile_answers(tmp_path):
+    """As `python tgrl.py` does: there the functions that grade are those of __main__."""
+    code = (HERE / "tgrl.py").read_text().replace('if __name__ == "__main__":', "if False:")
+    code += """
+if __name__ == "__main__":
+    verdicts = [is_equivalent("1 + x", "x + 1"), is_equivalent("9^{9^{9^9}}", "57")]
+    started = time.monotonic()
+    verdicts.append(is_equivalent("2 + x", "x + 2"))
+    print(verdicts, time.monotonic() - started < 30, flush=True)
+    leave()
+"""
+    (tmp_path / "script.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "script.py"], capture_output=True, text=True, cwd=tmp_path, timeout=240
+    )
+    assert done.stdout == "[True, False, True] True\n", done.stderr
 
 
 HOSTILE = [
@@ -866,6 +886,44 @@ def test_the_prompt_is_pictures_in_order_then_question_then_instruction(world):
     assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
 
 
+LIMITS = [(28 * 28, 112 * 112), (56 * 56, 56 * 56), (1, 28 * 28), (100 * 100, 200 * 200)]
+
+
+@pytest.mark.parametrize("min_pixels, max_pixels", LIMITS)
+def test_the_length_of_a_prompt_by_arithmetic_is_its_real_length(min_pixels, max_pixels):
+    world, rng = tiny_world(min_pixels=min_pixels, max_pixels=max_pixels), random.Random(0)
+    for number in range(40):
+        sizes = [(rng.randint(9, 300), rng.randint(9, 300)) for _ in range(1 + number % 3)]
+        problem = make_problem(number, sizes, "Which? " * (1 + number))
+        try:
+            ids, pictures = world.encoder.outline(problem)
+        except BadInput as error:
+            assert max_pixels < 4000 and "too narrow for --max_pixels" in str(error)
+            continue
+        prompt = world.encoder(problem)
+        assert len(prompt.ids) == len(ids) - len(pictures) + sum(pictures), sizes
+        assert pictures == (prompt.grid.prod(1) // 4).tolist()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_kinds_of_pictures_are_measured_as_they_are_decoded(world, kind, mode):
+    image = noise(random.Random(0), 90, 57).convert(mode)
+    with contextlib.suppress(OSError):  # JPEG has no transparency
+        image.save(buffer := io.BytesIO(), kind)
+        problem = tgrl.read_problem({"question": "?", "answer": "1", "image": buffer.getvalue()})
+        prompt = world.encoder(problem)
+        assert world.encoder.outline(problem)[1] == (prompt.grid.prod(1) // 4).tolist()
+
+
+def test_no_picture_is_decoded_before_it_is_needed(world, tmp_path, monkeypatch):
+    to_parquet(geo3k_rows(), tmp_path / "train.parquet")
+    monkeypatch.setattr(tgrl, "fetch_image", None)
+    monkeypatch.setattr(Image.Image, "load", None)
+    monkeypatch.setattr(Image.Image, "convert", None)
+    assert len(tgrl.load_problems(f"{tmp_path}/train.parquet", "train", world.encoder)) == 6
+
+
 def test_bad_rows_are_named_and_good_ones_kept(world, tmp_path, monkeypatch, capsys):
     good = {
         "problem": "<image>Why?",
@@ -882,8 +940,11 @@ def test_bad_rows_are_named_and_good_ones_kept(world, tmp_path, monkeypatch, cap
         "its prompt is longer than --max_prompt 2048: row 5 .{4} tokens": [
             good | {"problem": "<image>" + "Why? " * 2100}
         ],
-        "a picture is missing: row 6 nowhere.png": [good | {"images": ["nowhere.png"]}],
-        "a picture cannot be read: row 7.*; row 8 cannot identify image file": [
+        "the question holds a special token of the model: row 6 an image token": [
+            good | {"problem": "<image>Why <|image_pad|>?"}
+        ],
+        "a picture is missing: row 7 nowhere.png": [good | {"images": ["nowhere.png"]}],
+        "a picture cannot be read: row 8.*; row 9 cannot identify image file": [
             good | {"images": [good["images"][0][:2000]]},
             good | {"images": [b"PNG"]},
         ],
@@ -1256,6 +1317,32 @@ def test_a_file_that_is_no_cache_is_refused_and_left_alone(folder, tmp_path, rec
     assert path.read_bytes() == before
 
 
+def test_a_cache_of_another_expert_is_refused_and_left_alone(folder, tmp_path):
+    path = tmp_path / "experts.jsonl"
+    record = next(tgrl.read_records(folder.path / "experts.jsonl"))
+    tgrl.append_records(path, [record | {"source": "Qwen/Other"}])
+    before = path.read_bytes()
+    words = (
+        "holds answers of Qwen/Other, not of .*model: give another --experts file, or that --model"
+    )
+    with pytest.raises(BadInput, match=words):
+        tgrl.make_experts(tgrl.Experts(**folder.shared | dict(experts=str(path))))
+    assert path.read_bytes() == before
+    problems = tgrl.load_problems(folder.shared["data"], "train", tiny_encoder(folder))
+    assert len(tgrl.read_cache(path, problems)[record["question"]]) == 1  # for training any will do
+
+
+def tiny_encoder(folder):
+    model, processor = tgrl.load_model(folder.shared["model"])
+    options = tgrl.Options(**{name: folder.shared[name] for name in tgrl.TOY})
+    return tgrl.Encoder(processor, model, options)
+
+
+def test_experts_need_a_file_to_write(folder):
+    with pytest.raises(BadInput, match="--experts is the file to write; `self` is for train"):
+        tgrl.make_experts(tgrl.Experts(**folder.shared | dict(experts="self")))
+
+
 def test_spread_is_for_one_process(folder, monkeypatch):
     monkeypatch.setattr(tgrl, "start_processes", lambda: (SimpleNamespace(num_processes=2), None))
     with pytest.raises(BadInput, match="--spread is for one process"):
@@ -1611,6 +1698,71 @@ def test_in_bfloat16_the_policy_is_the_actor(world):
         )
 
 
+def qwen_processor():
+    """With the real vocabulary of Qwen, which the package dashscope brings."""
+    dashscope = pytest.importorskip("dashscope")
+    pytest.importorskip("tiktoken")
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    special = "endoftext im_start im_end object_ref_start object_ref_end box_start box_end"
+    special += " quad_start quad_end vision_start vision_end vision_pad image_pad video_pad"
+    special = [f"<|{name}|>" for name in special.split()]
+    bpe = TikTokenConverter(
+        vocab_file=str(Path(dashscope.__file__).parent / "resources" / "qwen.tiktoken"),
+        pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        extra_special_tokens=special,
+    ).converted()
+    processor = make.make_processor()
+    ends = dict(
+        eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=special
+    )
+    processor.tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **ends)
+    return processor
+
+
+@pytest.mark.parametrize("experts", ["cache", "self"])
+def test_the_real_vocabulary_with_unused_embedding_rows_trains(
+    tmp_path, folder, odd_is_right, experts
+):
+    """As in Qwen2.5-VL-3B, which has 151936 rows, and 151665 tokens."""
+    processor = qwen_processor()
+    tokenizer = processor.tokenizer
+    assert (
+        len(tokenizer) == 151657
+        and tokenizer("12.\n\nSo").input_ids[2] == tokenizer(".\n\n").input_ids[0]
+    )
+    torch.manual_seed(0)
+    model = make.make_model(151936, hidden=32, layers=1, vision_layers=1)
+    names = ("vision_start", "vision_end", "image_pad", "video_pad")
+    ids = dict(
+        zip(names, (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names), strict=True)
+    )
+    model.config.vision_start_token_id, model.config.vision_end_token_id = (
+        ids["vision_start"],
+        ids["vision_end"],
+    )
+    model.config.image_token_id, model.config.video_token_id = ids["image_pad"], ids["video_pad"]
+    ends = [tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|endoftext|>")]
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1])
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    shared = folder.shared | dict(
+        model=f"{tmp_path}/model", experts=f"{tmp_path}/experts.jsonl", max_answer=12
+    )
+    if experts == "cache":
+        tgrl.make_experts(tgrl.Experts(**shared, samples=1))
+    run = {name: folder.train[name] for name in folder.train if name not in folder.shared}
+    options = tgrl.Train(**shared | run | dict(out=f"{tmp_path}/out", steps=1))
+    options.experts = options.experts if experts == "cache" else "self"
+    means = tgrl.train(options, tgrl.own_experts(options))
+    assert means["grad_norm"] > 0
+    for record in tgrl.read_records(tmp_path / "out" / "groups.jsonl"):
+        assert all(
+            token < len(tokenizer) for answer in record["answers"] for token in answer["ids"]
+        )
+
+
 # ===== Several processes, and continuing ==============================================================
 
 
@@ -1743,6 +1895,40 @@ def test_any_number_of_processes_gives_the_same_updates(folder, tmp_path):
                 )
             assert (got["weights"] - want["weights"]).norm() <= 1e-6 * want["weights"].norm()
             assert torch.allclose(got["metrics"], want["metrics"], rtol=1e-4, atol=1e-7)
+
+
+def test_the_numbers_of_processes_that_can_share_an_update_are_named():
+    options = tgrl.Train(questions_per_rollout=12, questions_per_update=6)
+    options.check_processes(3)
+    words = (
+        "4 processes cannot share --questions_per_update 6 equally: start 1 or 2 or 3 or 6, or give"
+    )
+    with pytest.raises(BadInput, match=words):
+        options.check_processes(4)
+
+
+def test_a_tracker_gets_every_step(folder, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = folder.train | dict(out=str(tmp_path), n_off=0, n_on=4, log_with="tensorboard")
+    tgrl.train(tgrl.Train(**options))
+    [path] = {path.parent for path in tmp_path.rglob("events*") if path.parent.name == "tgrl"}
+    events = EventAccumulator(str(path))
+    events.Reload()
+    records = records_of(tmp_path)[1]
+    for name in ("reward", "grad_norm"):
+        seen = {event.step: event.value for event in events.Scalars(name)}
+        assert seen == pytest.approx({step: records[step][name] for step in (1, 2)})
+
+
+def test_a_tracker_that_is_not_installed_stops_the_run_before_it_begins(folder, tmp_path):
+    options = folder.train | dict(out=f"{tmp_path}/out", log_with="aim", model="not loaded yet")
+    with pytest.raises(
+        BadInput, match="--log_with aim: it is not installed, or accelerate does not know it"
+    ):
+        tgrl.train(tgrl.Train(**options))
+    assert not (tmp_path / "out").exists()
 
 
 def test_unequal_processes_do_not_hang(folder, tmp_path):
@@ -2290,6 +2476,7 @@ def test_a_command_has_its_own_options_and_refuses_anothers(monkeypatch, capsys,
             tgrl.main()
     said, refused = capsys.readouterr()
     assert {f.name for f in dataclasses.fields(kind)} <= set(re.findall(r"--(\w+)", said))
+    assert not re.search(r"│\s+\(default", said)  # each has a help text
     assert "Unrecognized" in refused
 
 
@@ -2327,7 +2514,7 @@ def definitions(tree):
     return found
 
 
-@pytest.mark.parametrize("script", ["tgrl.py", "eval.py"])
+@pytest.mark.parametrize("script", ["eval.py"])  # tgrl.py has the method first, then its parts
 def test_nothing_uses_what_is_defined_below_it(script):
     """The file reads from top to bottom: inside a function, no module-level name of a later line."""
     found = definitions(ast.parse((HERE / script).read_text()))

@@ -6,40 +6,48 @@
     torchrun --nproc-per-node 8 tgrl.py train ...       the same on eight GPUs
 
 A question with a picture gets a group of answers: most are sampled from the policy, a few come from
-a stronger model, the expert. The method, in the order of the function `train`:
+a stronger model, the expert. The method, as the function `train` goes through it:
 
+    give the policy's weights to the actor, which samples
     for each step:
-        give the policy's weights to the actor, which samples
-        up to max_draws times, until enough groups are chosen:
+        dynamic sampling: up to max_draws times, until enough groups are chosen:
             draw questions, and for each of them:
-                sample n_on answers from the actor                                 Eq. 13
-                add up to n_off answers of the expert, with their log pi_phi       Eq. 14
+                G_on: sample n_on answers from the actor                           Eq. 13
+                G_off: take up to n_off answers of the expert, with log pi_phi     Eq. 13
+                G: both together                                                   Eq. 14
                 R = 1 if the boxed answer is right, else 0                         Eq. 3
                 A = (R - mean R) / std R, over the whole group                     Eq. 15, 16
-                m = 1 for a right expert answer, 0 for a wrong one                 Eq. 22
-                choose the group if rewards differ among its answers without m = 0
-        if too few are chosen: fill up with groups that are not
-        if the step has several updates: compute log pi_old, by the policy as it is now
+                m = 1 for a right expert answer, 0 for a wrong one (the filter)    Eq. 22
+                choose the group if the answers that are not filtered differ in R
+        fill up with other groups, if too few are chosen
+        if the step has several updates, as by default: compute log pi_old with the policy
         for each update, on its part of the groups:
             compute log pi_theta of every answer token, with gradient
-            if the step has one update only: log pi_old is log pi_theta, without gradient
-            ratio = pi_theta / pi_old                                              Eq. 2, 4
+            if it is the only update of the step: log pi_old is log pi_theta, without gradient
+            ratio = pi_theta / pi_old, for the policy's own tokens                 Eq. 2, 4
             rho = pi_theta / pi_phi, for the expert's tokens                       Eq. 17
             Delta = log pi_phi - log pi_theta                                      Eq. 18
-            Delta~ = (Delta - mean Delta) / std Delta, within each expert answer   Eq. 19
+            Delta~ = (Delta - mean Delta) / std Delta, within the expert answer    Eq. 19
             w = sigmoid(beta * Delta~), without gradient                           Eq. 20
-            r~ = ratio, or m * w * rho for the expert's tokens                     Eq. 21, 23
-            share = 1 / (answers * tokens of this answer); DAPO: 1 / all tokens    Eq. 24, 25
+            r~ = ratio for own tokens, m * w * rho for the expert's                Eq. 21, 23
             J = sum of share * min(r~ A, clip(r~) A); GRPO subtracts a KL          Eq. 24, 25
             take a step of AdamW
+        give the policy's weights to the actor
 
-So a token of a right expert answer adds share * A * w * rho * grad log pi_theta to the gradient of
-J, or nothing where the clip acts. rho is e^-Delta: where the policy lags behind the expert more
-than elsewhere in this answer, w is near 1, but rho is small; where it lags less, w is near 0. So w
-does not lift what rho damps. It silences the tokens that the policy knows.
+The share of a token is 1 / (answers * tokens of its answer) in GRPO, and 1 / tokens in DAPO. In the
+gradient of J, the gradient of a token's log pi_theta has the factor
+
+    own                       share * A * ratio        0 where the clip of PPO acts
+    of a right expert answer  share * A * w * rho      0 where w * rho is above the clip
+    of a wrong expert answer  0, as m is 0
+
+rho and w pull in opposite directions. Where the policy lags behind the expert, Delta is large, and
+rho = e^-Delta small. w depends on whether it lags more or less than on average in this answer: with
+beta = 14, w is 0.015, 0.5, 0.985 for Delta~ of -0.3, 0, 0.3. So w cannot lift what rho damps. It
+silences the tokens at which the policy lags less: those that it knows.
 
 Shapes
-    B questions         G answers to a question      N = B * G answers
+    B questions         G answers to a question      N answers in all
     P prompt tokens     T answer tokens              L tokens of a row of a batch
     D hidden size       V vocabulary
 
@@ -61,6 +69,8 @@ What the paper leaves open, and what is done here (reasons in README.md)
     clip                        0.2 in GRPO, 0.2 and 0.28 in DAPO; log ratios are cut at 20 [EasyR1]
     pi_old                      not the sampler's log-probs, which rounding makes slightly different
 """
+
+from __future__ import annotations
 
 import base64
 import collections
@@ -173,7 +183,7 @@ def token_shares(
     if algorithm == "grpo":  # the mean over answers of their means over tokens
         n_trajectories = n_trajectories or len(mask)
         length = mask.sum(dim=1, keepdim=True).clamp(min=1)
-        return mask / length / n_trajectories  # 1/|o_i| * 1/|G|, over all groups  Eq. 24
+        return mask / length / n_trajectories  # 1/|o_i| * 1/N  Eq. 24
     if algorithm == "dapo":  # the mean over tokens
         n_tokens = n_tokens or mask.sum().clamp(min=1)
         return mask / n_tokens  # 1 / sum |o_i|, over all groups  Eq. 25
@@ -191,7 +201,7 @@ def tgrl_loss(
     mask: Tensor,  # [N, T] True: an answer token, the end token included
     advantages: Tensor,  # [N] group_advantages(rewards).flatten()
     is_expert: Tensor,  # [N] bool
-    expert_ok: Tensor,  # [N] bool, m of Eq. 22; it says nothing of the policy's own answers
+    expert_ok: Tensor,  # [N] bool, m of Eq. 22; for own answers it is not used
     shares: Tensor,  # [N, T] by token_shares
     *,
     sharpness: float | None,  # beta of Eq. 20; None: no reweighting, w = 1
@@ -204,9 +214,9 @@ def tgrl_loss(
 ) -> tuple[Tensor, dict]:
     """-> (loss, metrics). Without expert answers this is GRPO (Eq. 2) or DAPO (Eq. 4) exactly.
 
-    A metric is a pair (sum, count); pairs add up over micro-batches and processes. A filtered
-    expert answer has r~ = 0 and A <= 0, so its tokens add a constant to the loss, without gradient:
-    -(1 - clip_low) * A times their shares. Metrics leave it out.
+    A metric is a pair (sum, count); pairs add up over micro-batches and processes. Metrics leave
+    out filtered expert answers. In the loss these are a constant: r~ = 0 and A <= 0, so that
+    min(r~ A, clip(r~) A) = (1 - clip_low) A.
     """
     assert mask.shape == logp.shape == behavior_logp.shape == shares.shape, "each of them is [N, T]"
     mask = mask.bool()
@@ -236,6 +246,7 @@ def tgrl_loss(
         if ref_logp is None:
             raise ValueError("kl_coef needs ref_logp, the log-probs of the reference")
         if kl_shares is None:
+            # The own answers' part of the shares, made to add up to 1.
             kl_shares = shares * is_own
             kl_shares = kl_shares / kl_shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
         # k3 estimates the KL from samples of the policy, so it is taken on the own answers alone.
@@ -246,7 +257,613 @@ def tgrl_loss(
     return loss, metrics
 
 
-# ===== 2. The reward: is the boxed answer right?   Eq. 3 ==========================================
+# ===== 2. What a group is =========================================================================
+# Advantages and m are computed for one group at a time, and kept with each answer. From there on
+# groups matter only for the layout of a batch: the loss gets N answers.
+
+
+@dataclasses.dataclass
+class Problem:
+    id: str  # hash of its content and, by load_problems, of its prompt: the key of the cache
+    question: str  # with one <image> where each picture goes
+    images: list[bytes]  # encoded pictures
+    answer: str
+
+
+@dataclasses.dataclass
+class Prompt:
+    ids: Tensor  # [P] each picture expanded to its image tokens
+    positions: Tensor  # [P, 3] time, height, width
+    pixels: Tensor  # [patches, 3 * 2 * 14 * 14]
+    grid: Tensor  # [pictures, 3] patches in time, height, width
+
+
+@dataclasses.dataclass
+class Trajectory:
+    """One answer. Its fields are plain, so it is also a record of the cache and of groups.jsonl."""
+
+    ids: list[int]  # T tokens, with the end token unless it was truncated
+    text: str
+    reward: float
+    finished: bool = True  # it has an end token
+    source: str = "policy"  # or which expert wrote it
+    is_expert: bool = False
+    expert_ok: bool = True  # m: False for an expert's wrong answer, unless --no_filter
+    advantage: float = 0.0
+    logp: list[float] | None = None  # [T] log pi_theta
+    behavior_logp: list[float] | None = None  # [T] log pi_old or log pi_phi
+
+
+@dataclasses.dataclass
+class Group:
+    problem: Problem
+    prompt: Prompt
+    answers: list[Trajectory]
+    has_contrast: bool = False  # do the rewards of answers with expert_ok differ?
+
+
+def answers_of(groups: list[Group]) -> list[Trajectory]:
+    return [answer for group in groups for answer in group.answers]
+
+
+def set_advantages(group: Group, use_filter: bool):
+    rewards = torch.tensor([[answer.reward for answer in group.answers]])  # [1, G]
+    advantages = group_advantages(rewards)[0].tolist()  # Eq. 15, 16
+    for answer, advantage in zip(group.answers, advantages, strict=True):
+        answer.advantage = advantage
+        if answer.is_expert and use_filter:
+            answer.expert_ok = answer.reward == 1  # Eq. 22
+
+    # Do the answers that are not filtered differ? A right expert answer makes a group of wrong ones
+    # worth training on. A filtered one beside right ones does not: all of them would have one and
+    # the same advantage.
+    rewards = {answer.reward for answer in group.answers if answer.expert_ok}
+    group.has_contrast = len(rewards) > 1
+
+
+# ===== 3. Log-probs: a group is one row, or a few =================================================
+# What is wanted is simple: for each answer, with its T tokens,
+#
+#     logits = model(prompt + answer).logits[-T - 1 : -1]
+#     logp = logits.log_softmax(-1).gather(-1, answer)
+#
+# Done so, picture and question are read again for each answer. Here they are read once: a question
+# of three tokens, a b c, and two answers, d e and f g h, are laid out in one row as
+#
+#     ids           a b    c d    c f g
+#     segment       0 0    1 1    2 2 2
+#     position      0 1    2 3    2 3 4
+#     predicts             d e    f g h
+#
+# Each answer begins with a copy of the question's last token, which predicts the answer's first
+# one. Its own last token predicts nothing, so it is left out. A token sees what stands before it in
+# segment 0 and in its own segment, and its position goes on from the question's. So log-probs and
+# gradients are those of separate rows, at P + G * T tokens instead of G * (P + T).
+
+
+class Batch(NamedTuple):
+    """Groups, laid out as what the policy reads and what the loss needs."""
+
+    ids: Tensor  # [rows, L]
+    positions: Tensor  # [rows, L, 3]
+    segments: Tensor  # [rows, L] 0: question; or padding at the end, where nothing sees it
+    vision: dict
+    target: Tensor  # [N, T] the answers' tokens
+    mask: Tensor  # [N, T] True: an answer token, the end token included
+    behavior_logp: Tensor  # [N, T] 0 where it is not known yet
+    advantages: Tensor  # [N]
+    is_expert: Tensor  # [N]
+    expert_ok: Tensor  # [N]
+
+
+def answers_per_row(group: Group, c1_by_c2: float) -> int:
+    """One row, or several if the answers are long, as attention grows with the square of a row.
+
+    A token costs c1 FLOPs in the weights and c2 * L in attention. So k rows with S answer tokens in
+    all cost k * (c1 * (P + S/k) + c2 * (P + S/k)^2), least at S/k = P * sqrt(c1 / (c2 * P) + 1).
+    """
+    n_prompt = len(group.prompt.ids)
+    n_answers = len(group.answers)
+    n_tokens = sum(len(answer.ids) for answer in group.answers)
+    best_row = n_prompt * math.sqrt(c1_by_c2 / n_prompt + 1)
+    n_rows = max(1, int(n_tokens / best_row))
+    return math.ceil(n_answers / n_rows)
+
+
+def lay_out_row(prompt: Prompt, answers: list[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:
+    """-> ids [L], positions [L, 3], segments [L]."""
+    # The question stands without its last token, because each answer begins with a copy of it.
+    ids = [prompt.ids[:-1]]
+    positions = [prompt.positions[:-1]]
+    segments = [torch.zeros_like(prompt.ids[:-1])]
+    for number, answer in enumerate(answers, start=1):
+        # An answer's last token predicts nothing, so it is left out.
+        tokens = torch.tensor([prompt.ids[-1], *answer.ids[:-1]])
+        offsets = torch.arange(len(tokens))
+        ids.append(tokens)
+        positions.append(prompt.positions[-1] + offsets[:, None])
+        segments.append(torch.full_like(tokens, number))
+    return torch.cat(ids), torch.cat(positions), torch.cat(segments)
+
+
+def pad(rows: Iterable, side: str = "right") -> Tensor:
+    """Rows of different length -> [rows, longest, ...], with 0 at that side."""
+    return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_side=side)
+
+
+def vision_inputs(prompts: list[Prompt]) -> dict:
+    pixels = torch.cat([prompt.pixels for prompt in prompts])
+    grid = torch.cat([prompt.grid for prompt in prompts])
+    return {"pixel_values": pixels, "image_grid_thw": grid}
+
+
+def pack(groups: list[Group], c1_by_c2: float = math.inf) -> Batch:
+    """c1_by_c2 is the policy's, see answers_per_row; by default each group is one row."""
+    # What the policy reads.
+    rows = []
+    prompts = []
+    for group in groups:
+        for answers in batches(group.answers, answers_per_row(group, c1_by_c2)):
+            rows.append(lay_out_row(group.prompt, answers))
+            prompts.append(group.prompt)
+    ids, positions, segments = zip(*rows, strict=True)
+
+    # What the loss needs.
+    answers = answers_of(groups)
+    behavior_logp = []
+    for answer in answers:
+        behavior_logp.append(torch.tensor(answer.behavior_logp or [0.0] * len(answer.ids)))
+    return Batch(
+        ids=pad(ids),
+        positions=pad(positions),
+        segments=pad(segments),
+        vision=vision_inputs(prompts),
+        target=pad([answer.ids for answer in answers]),
+        mask=pad([[True] * len(answer.ids) for answer in answers]),
+        behavior_logp=pad(behavior_logp),
+        advantages=torch.tensor([answer.advantage for answer in answers]),
+        is_expert=torch.tensor([answer.is_expert for answer in answers]),
+        expert_ok=torch.tensor([answer.expert_ok for answer in answers]),
+    )
+
+
+def embed(model, ids: Tensor, pictures: Iterable[dict]) -> Tensor:
+    """ids [rows, L] -> [rows, L, D]. Pictures, in parts, take the place of their tokens."""
+    features = []
+    for part in pictures:
+        features += model.model.get_image_features(**part, return_dict=True).pooler_output
+    embeds = model.get_input_embeddings()(ids)
+    is_image = ids == model.config.image_token_id
+    return embeds.masked_scatter(is_image[..., None], torch.cat(features).to(embeds))
+
+
+class Policy(nn.Module):
+    """A Qwen2.5-VL as log-probs of answers: student, expert and reference alike."""
+
+    def __init__(self, model, unwritable: Tensor):
+        super().__init__()
+        model.set_attn_implementation("sdpa")  # flash attention would ignore the mask of `forward`
+        self.model = model
+        self.unwritable = unwritable
+        # Of a layer: 2 FLOPs for each weight, and 4 * D for each pair of tokens.
+        layer = model.model.language_model.layers[0]
+        n_weights = sum(p.numel() for p in layer.parameters())
+        self.c1_by_c2 = n_weights / (2 * model.config.text_config.hidden_size)
+
+    def token_logp(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """hidden [tokens, D], target [tokens] -> [tokens], in float32."""
+        logits = self.model.lm_head(hidden).float()  # [tokens, V]
+        logits = logits.index_fill(-1, self.unwritable.to(logits.device), -torch.inf)
+        return -nn.functional.cross_entropy(logits, target.to(logits.device), reduction="none")
+
+    def forward(self, batch: Batch) -> Tensor:
+        """-> logp [N, T], 0 at padding."""
+        # A token sees what stands before it in the question (0) and in its own segment.
+        query = batch.segments[:, :, None]
+        key = batch.segments[:, None, :]
+        sees = ((key == 0) | (key == query)).tril()  # [rows, L, L]
+        hidden = self.model.model.language_model(
+            inputs_embeds=embed(self.model, batch.ids, [batch.vision]),
+            position_ids=batch.positions.movedim(-1, 0),
+            attention_mask=sees[:, None],
+            use_cache=False,
+        ).last_hidden_state  # [rows, L, D]
+
+        # The tokens of answer segments predict the answers' tokens, in the same order.
+        hidden = hidden[(batch.segments > 0).to(hidden.device)]  # [tokens, D]
+        target = batch.target[batch.mask]  # [tokens]
+
+        # A part at a time, recomputed in the backward pass, as [tokens, V] logits are large.
+        logp = []
+        for some_hidden, some_target in zip(hidden.split(1024), target.split(1024), strict=True):
+            logp.append(checkpoint(self.token_logp, some_hidden, some_target, use_reentrant=False))
+        logp = torch.cat(logp).to(batch.mask.device)
+        return torch.zeros_like(batch.behavior_logp).masked_scatter(batch.mask, logp)
+
+
+@torch.no_grad()
+def score(
+    policy: Policy, groups: list[Group], size: int
+) -> Iterator[tuple[Trajectory, list[float]]]:
+    """Every answer with its log-probs [T], by the forward pass of training; size groups at once."""
+    policy.eval()
+    for part in batches(groups, size):
+        batch = send_to_device(pack(part, policy.c1_by_c2), policy.model.device)
+        logp = policy(batch).tolist()
+        for answer, row in zip(answers_of(part), logp, strict=True):
+            yield answer, row[: len(answer.ids)]
+
+
+# ===== 4. Training: the method ====================================================================
+
+# (actor, encoder, groups) -> the expert answers of each group, and metrics
+FindExperts = Callable[..., tuple[list[list[Trajectory]], dict]]
+
+
+def draw_groups(
+    actor,
+    encoder: Encoder,
+    problems: list[Problem],
+    find_experts: FindExperts,
+    options: Train,
+    accelerator: Accelerator,
+    progress: dict,
+    show: Callable[[int, int], None],
+) -> tuple[list[Group], list[dict]]:
+    """Dynamic sampling: draw questions until each process has its part of a step's groups.
+
+    -> the groups of this process, and metrics of all that were drawn.
+    """
+    n_processes = accelerator.num_processes
+    quota = options.questions_per_rollout // n_processes
+    chosen = []
+    others = []  # whose answers do not differ
+    metrics = []
+    n_drawn = 0  # questions, on all processes
+    n_questions = quota  # to draw next, on each process
+    for _ in range(options.max_draws):
+        first = progress["n_drawn"] + accelerator.process_index * n_questions
+        questions = questions_from(problems, options.seed, first, n_questions)
+        progress["n_drawn"] += n_processes * n_questions
+        n_drawn += n_processes * n_questions
+
+        # Form the groups, and choose those whose answers differ.
+        groups = rollout(actor, encoder, questions, n=options.n_on, progress=show)  # Eq. 3, 13
+        experts, expert_metrics = find_experts(actor, encoder, groups)  # Eq. 13
+        for group, expert_answers in zip(groups, experts, strict=True):
+            group.answers += expert_answers  # Eq. 14
+            set_advantages(group, options.filter)  # Eq. 15, 16, 22
+            if group.has_contrast:
+                chosen.append(group)
+            elif len(others) < quota:
+                others.append(group)
+        metrics += [group_metrics(groups), expert_metrics]
+
+        # Is that enough? All processes decide alike, from the numbers of all.
+        n_chosen = gather_object([len(chosen)])
+        missing = quota - min(n_chosen)
+        if missing <= 0:
+            break
+
+        # Next draw as many as the process that lacks most is likely to need.
+        rate = sum(n_chosen) / n_drawn
+        n_questions = quota if rate == 0 else min(quota, math.ceil(missing / rate))
+
+    # Each process needs its quota, as all make the same number of forward passes: a surplus is
+    # dropped, and a gap is filled with others. GRPO draws once, so it takes all groups.
+    return (chosen + others)[:quota], metrics
+
+
+# As long as its pseudocode, hence with more branches than ruff would have it.
+def train(options: Train, find_experts: FindExperts | None = None) -> dict:  # noqa: C901
+    """The method, in the order of the docstring above; find_experts None: from the cache.
+
+    -> the last metrics
+    """
+    out = Path(options.out)
+    if options.n_off and not find_experts and not Path(options.experts).exists():
+        raise BadInput(
+            f"no --experts {options.experts}; make it by `tgrl.py experts`, or take --n_off 0"
+        )
+    options.check_folder()
+
+    # Processes: each samples and trains on its own groups.
+    accelerator, dtype = start_processes(options.log_with, options.out)
+    n_processes = accelerator.num_processes
+    options.check_processes(n_processes)
+
+    # The actor, which samples: whole on each process, in the dtype of computation.
+    actor, processor = load_model(options.model, dtype)
+    actor.to(accelerator.device)
+    encoder = Encoder(processor, actor, options)
+
+    # Questions, and where experts come from.
+    problems = load_problems(options.data, options.split, encoder)
+    held_out = []
+    if options.val_data:
+        held_out = load_problems(options.val_data, options.val_split, encoder)
+        held_out = held_out[accelerator.process_index :: n_processes]
+    if options.n_off == 0:
+        find_experts = no_experts
+    elif find_experts is None:
+        find_experts = cached_experts(options, problems)
+
+    # The policy, which learns: sharded, in float32; and for GRPO's KL a copy that does not.
+    policy = make_policy(actor, encoder.unwritable)
+    reference = None
+    if options.kl_coef:
+        reference = make_policy(actor, encoder.unwritable).requires_grad_(False)
+    if options.checkpointing:
+        policy.model.activation_checkpointing_enable()
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=options.lr,
+        weight_decay=0.01,  # [EasyR1]
+        fused=accelerator.device.type == "cuda",
+    )
+
+    # The newest checkpoint. Random numbers need none: each step seeds them.
+    progress = {"step": 0, "n_drawn": 0, "generate_batch": options.generate_batch}
+    if options.resume and newest_checkpoint(out):
+        load_checkpoint(newest_checkpoint(out), policy, optimizer, progress, accelerator)
+        optimizer.param_groups[0]["lr"] = options.lr  # it may be another now
+        options.generate_batch = min(options.generate_batch, progress["generate_batch"])
+
+    # Files and bar.
+    accelerator.wait_for_everyone()  # all have looked into --out before one writes there
+    out.mkdir(parents=True, exist_ok=True)
+    accelerator.init_trackers("tgrl", config=dataclasses.asdict(options))
+
+    def write(name: str, record: dict):
+        if accelerator.is_main_process:
+            append_records(out / name, [record])
+
+    write("metrics.jsonl", {"method": options.method, "config": dataclasses.asdict(options)})
+    say(f"{options.method} from step {progress['step']}, {n_processes} x {accelerator.device}")
+    bar = tqdm(
+        total=options.steps,
+        initial=progress["step"],
+        unit="step",
+        disable=None if accelerator.is_main_process else True,
+    )
+
+    def show(done: int, of: int):
+        bar.set_postfix_str(f"rollout {done}/{of}")
+
+    # How good it is before training, or was at the checkpoint.
+    bar.set_postfix_str("evaluation")
+    copy_weights(policy, actor)
+    means = means_of([{"accuracy": greedy_accuracy(actor, encoder, held_out)}])
+    if means:
+        write("metrics.jsonl", {"step": progress["step"], **means})
+
+    for step in range(progress["step"] + 1, options.steps + 1):
+        started = time.perf_counter()
+        torch.manual_seed(hash((options.seed, step, accelerator.process_index)))
+
+        # 1. Groups that can teach, of this process.
+        groups, metrics = draw_groups(
+            actor=actor,
+            encoder=encoder,
+            problems=problems,
+            find_experts=find_experts,
+            options=options,
+            accelerator=accelerator,
+            progress=progress,
+            show=show,
+        )
+
+        # 2. log pi_old, by the policy before the first update. The actor's own log-probs would not
+        # do: they are rounded in another way. If there is one update, see below.
+        n_updates = options.questions_per_rollout // options.questions_per_update
+        if n_updates > 1:
+            for answer, logp in score(policy, groups, options.micro_batch):
+                if not answer.is_expert:
+                    answer.behavior_logp = logp
+
+        # 3. Update the policy, each time on a part of the groups.
+        policy.train()
+        average = "dapo" if options.token_mean else "grpo"  # whose average, see token_shares
+        for i in range(n_updates):
+            bar.set_postfix_str(f"update {i + 1}/{n_updates}")
+            part = groups[i::n_updates]  # a stride, as the groups that fill up stand last
+
+            # What this update averages over, on all processes.
+            n_answers, n_tokens, n_own_answers, n_own_tokens = count_answers(part, accelerator)
+
+            for micro_batch in batches(part, options.micro_batch):
+                batch = send_to_device(pack(micro_batch, policy.c1_by_c2), accelerator.device)
+                logp = policy(batch)  # [N, T], with gradient
+
+                # log pi_phi for experts; log pi_old for own answers, which with one update is logp.
+                behavior_logp = batch.behavior_logp
+                if n_updates == 1:
+                    is_expert = batch.is_expert[:, None]
+                    behavior_logp = torch.where(is_expert, behavior_logp, logp.detach())
+
+                # How much each token counts.
+                shares = token_shares(batch.mask, average, n_answers, n_tokens)
+                is_own = batch.mask & ~batch.is_expert[:, None]
+                kl_shares = token_shares(is_own, average, n_own_answers, n_own_tokens)
+                loss, totals = tgrl_loss(  # Eq. 17-25
+                    logp=logp,
+                    behavior_logp=behavior_logp,
+                    mask=batch.mask,
+                    advantages=batch.advantages,
+                    is_expert=batch.is_expert,
+                    expert_ok=batch.expert_ok,
+                    shares=shares,
+                    sharpness=options.sharpness if options.reweight else None,
+                    clip_low=options.clip_low,
+                    clip_high=options.clip_high,
+                    kl_coef=options.kl_coef,
+                    ref_logp=reference(batch) if reference else None,
+                    kl_shares=kl_shares,
+                )
+                (loss * n_processes).backward()  # FSDP averages gradients over processes
+                metrics.append(totals)
+                remember(micro_batch, logp, behavior_logp)
+
+            # Clip as EasyR1. A gradient of 0 is no step: only momentum and weight decay would act.
+            norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm=1.0)
+            norm = norm.full_tensor()
+            if 0 < norm < math.inf:
+                optimizer.step()
+            optimizer.zero_grad()
+            metrics.append({"grad_norm": (norm, 1)})
+
+        # 4. The actor gets the new weights.
+        copy_weights(policy, actor)
+
+        # 5. Log, save, evaluate.
+        metrics.append({"seconds": (time.perf_counter() - started, 1)})
+        n_errors = grader_errors.total()
+        metrics.append({"grader_errors": (n_errors, 1 / n_processes)})  # a sum over processes
+        grader_errors.clear()
+        means = means_of(metrics)
+        write("metrics.jsonl", {"step": step, **means})
+        progress.update(step=step, generate_batch=options.generate_batch)
+        if step % options.every == 0 or step == options.steps:
+            for group in groups[:4]:
+                write("groups.jsonl", kept_group(group, step, encoder))
+            if accelerator.is_main_process:
+                export_model(out / "model", actor, encoder)
+            save_checkpoint(out, policy, optimizer, progress, accelerator)
+            bar.set_postfix_str("evaluation")
+            accuracy = means_of([{"accuracy": greedy_accuracy(actor, encoder, held_out)}])
+            if accuracy:
+                write("metrics.jsonl", {"step": step, **accuracy})
+                means |= accuracy
+        accelerator.log(means, step=step)
+        say(f"step {step:>3}/{options.steps}  {summary(means)}")
+        bar.update()
+
+    bar.close()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    say(f"the trained model is in {out / 'model'}")
+    return means
+
+
+# ===== 5. Settings ================================================================================
+# The method ends here. What follows are its parts, to be read when they are needed.
+
+IMAGE = "<image>"  # where a picture goes in a question
+IMAGE_TOKEN_SIDE = 28  # pixels: a token stands for 2 x 2 patches of 14 x 14
+THINK = "Think step by step between <think> and </think>, then give the answer alone in \\boxed{}."
+
+
+class BadInput(ValueError):
+    """Something the user can mend: the message says what was wrong, where, and what to do."""
+
+
+@dataclasses.dataclass
+class Options:
+    """What all commands share. [Brackets] tell where a default comes from."""
+
+    # data
+    data: str = "hiyouga/geometry3k"  # questions: hub id, .parquet, .jsonl, or a folder [paper]
+    split: str = "train"  # its split; "train[:8]" is its first eight rows
+    experts: str = "experts.jsonl"  # the cache of expert answers
+
+    # how a question is asked
+    instruction: str = THINK  # stands behind each question [asks what EasyR1's asks, in our words]
+    min_pixels: int = 262144  # smaller pictures are enlarged to this many pixels [EasyR1]
+    max_pixels: int = 4194304  # larger pictures are reduced to this many pixels [EasyR1]
+    max_prompt: int = 2048  # questions of more tokens are left out, never truncated [EasyR1]
+    max_answer: int = 2048  # answers are truncated after this many tokens [EasyR1]
+
+    # run
+    generate_batch: int = 512  # answers sampled at once on one process; halved when memory runs out
+    micro_batch: int = 1  # groups in a forward pass on one process [EasyR1]
+    seed: int = 1  # of the order of questions and of sampling [EasyR1]
+
+
+BY_ALGORITHM = {
+    "grpo": dict(sharpness=5.0, clip_high=0.2, kl_coef=0.01, token_mean=False, max_draws=1),
+    "dapo": dict(sharpness=14.0, clip_high=0.28, kl_coef=0.0, token_mean=True, max_draws=20),
+}
+
+
+@dataclasses.dataclass
+class Train(Options):
+    """Train by TGRL-DAPO or TGRL-GRPO; with --experts self the policy makes its own experts."""
+
+    # data
+    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # the student: hub id or folder [paper]
+    val_data: str = ""  # held-out questions, for greedy accuracy during training; empty: none
+    val_split: str = "test"  # its split
+
+    # method; None stands for the algorithm's own setting, see BY_ALGORITHM
+    algorithm: Literal["dapo", "grpo"] = "dapo"  # TGRL-DAPO or TGRL-GRPO
+    n_on: int = 7  # answers of the policy in a group, at least 2 [paper, Geo3K; ViRL39K: 4]
+    n_off: int = 1  # answers of the expert in a group; 0: DAPO or GRPO, then take --n_on 8 [paper]
+    sharpness: float | None = None  # beta of Eq. 20: 14 for dapo, 5 for grpo [paper]
+    reweight: bool = True  # weigh expert tokens by Eq. 18-20; no: w = 1 [paper, Table 1]
+    filter: bool = True  # no weight for wrong expert answers, Eq. 22; no: m = 1 [paper, Table 1]
+    clip_low: float = 0.2  # lower clip of the coefficient [EasyR1]
+    clip_high: float | None = None  # upper clip: 0.28 for dapo [EasyR1], 0.2 for grpo [Eq. 24]
+    kl_coef: float | None = None  # beta of Eq. 24: 0.01 for grpo [EasyR1], 0 for dapo
+    token_mean: bool | None = None  # average over tokens, Eq. 25 (dapo), or answers, Eq. 24 (grpo)
+    max_draws: int | None = None  # draws in a step: 20 for dapo [EasyR1], 1 for grpo
+
+    # experts that the policy makes itself, --experts self
+    tries: int = 8  # continuations of a wrong answer in a round
+    rounds: int = 1  # rounds of looking again; more did not help on the toy
+
+    # optimization
+    steps: int = 60  # each a rollout and its updates [paper: 15 epochs of Geo3K; 2 of ViRL39K: 150]
+    questions_per_rollout: int = 512  # questions in a step, over all processes [EasyR1]
+    questions_per_update: int = 128  # questions in an update [EasyR1]
+    lr: float = 1e-6  # learning rate of AdamW, constant [EasyR1]
+    checkpointing: bool = True  # recompute activations, to save memory [EasyR1]
+
+    # run
+    out: str = "runs/train"  # folder of the run: metrics.jsonl, groups.jsonl, checkpoints, model
+    resume: bool = False  # continue the run in --out from its newest checkpoint
+    every: int = 5  # steps between checkpoints, evaluations and kept groups [EasyR1]
+    log_with: str = ""  # a tracker that accelerate knows, such as tensorboard or wandb
+
+    def __post_init__(self):
+        for name, value in BY_ALGORITHM[self.algorithm].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    @property
+    def method(self) -> str:
+        return ("TGRL-" if self.n_off else "") + self.algorithm.upper()
+
+    def check_processes(self, n: int):
+        """All processes take an equal part of each update."""
+        update = self.questions_per_update
+        if update % n:
+            divisors = [str(i) for i in range(1, update + 1) if update % i == 0]
+            raise BadInput(
+                f"{n} processes cannot share --questions_per_update {update} equally: "
+                f"start {' or '.join(divisors)}, or give a multiple of {n}"
+            )
+        if self.questions_per_rollout % update:
+            raise BadInput(
+                f"--questions_per_rollout {self.questions_per_rollout} must be a multiple "
+                f"of --questions_per_update {update}"
+            )
+
+    def check_folder(self):
+        """Is it free, or to be resumed? Tells which options differ from before."""
+        path = Path(self.out, "metrics.jsonl")
+        if not path.exists():
+            return
+        if not self.resume:
+            hint = "--resume continues it, another --out begins one"
+            raise BadInput(f"--out {self.out} holds a run; {hint}")
+        configs = [record["config"] for record in read_records(path) if "config" in record]
+        for name, value in dataclasses.asdict(self).items():
+            before = configs[-1].get(name) if configs else value
+            if name not in ("resume", "generate_batch") and value != before:
+                say(f"--{name} is {value} from now on; it was {before}")
+
+
+# ===== 6. The reward: is the boxed answer right?   Eq. 3 ==========================================
 # Equal as text, or the same letter, or the same by math-verify. Unequal on purpose: lists in
 # another order; 12 cm and 12 centimeters; 7.07 and 5\sqrt{2} ≈ 7.07, of which the exact side
 # counts.
@@ -284,14 +901,16 @@ UNITS = (
 )
 VALUE_AND_UNIT = rf"(.*(?:[\d)}}]|\\pi))( ?)((?:{UNITS})(?: ?\^ ?\{{?[23]\}}?)?)"  # 5 cm^2
 NAME = r"^[A-Za-z\\][A-Za-z\\_{} ()]*\d?\}? ?[=≈]"  # m\widehat{AB} =, x_1 =
+DEGREES = r"\^?\s*\{?\s*(?:\\circ|\\degree|[°º˚])\s*\}?|\bdegrees?\b"
 CHAIN = r"[\d.]+(?: ?(?:[-:&x]|\\times) ?[\d.]+)+"  # 5-3-2, 3:4, 4 \times 6
+NO_FORMULA = r"\d \d|\)\d|&"  # 3 4, (1)2, 2 & 3
+NO_FORMULA += r"|[\w)}] ?[-+]? ?\\infty|\\infty ?[\w+*/^-]"  # sympy decides on 2 - \infty by chance
 LATEX = dict(
     is_real=True,
     conversion_config=ConversionConfig(lowercase_symbols=False),
     normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"),
 )
 math_verify.grader.logger.disabled = True  # it would warn that the timeout is ours
-
 # sympy can spend hours in C code on 9^{9^{9^9}}, so formulas are compared in a process that can be
 # killed. It comes from a server that has loaded this file and no threads, so that a new one takes
 # 0.1 s.
@@ -299,7 +918,6 @@ grading_context = multiprocessing.get_context("forkserver")
 grading_context.set_forkserver_preload([Path(__file__).stem])
 grading_process = pebble.ProcessPool(max_workers=1, context=grading_context)
 grader_errors = collections.Counter()  # why answers could not be graded -> how many
-
 # What an answer can do to it; any other error is the process pool's own.
 UNGRADED = (TimeoutError, pebble.ProcessExpired, RecursionError, MemoryError, ValueError, TypeError)
 
@@ -331,10 +949,9 @@ def plain(text: str) -> str:
     for written, compared in LOOKS.items():
         text = text.replace(written, compared)
     text = re.sub(r"\\(?:text|math)[a-z]*\s*\{([^{}]*)\}", r" \1 ", text)  # \text{cm}
-    text = re.sub(
-        r"\^?\s*\{?\s*(?:\\circ|\\degree|[°º˚])\s*\}?|\bdegrees?\b", " ", text
-    )  # 60^{\circ}
-    text = re.sub(r"(?<=\d)(?:\{,\}|,| )(?=\d{3}(?!\d))", "", text)  # 10,000
+    text = re.sub(DEGREES, " ", text)  # 60^{\circ}
+    if not text.startswith(("(", "[", "{", "\\{")):
+        text = re.sub(r"(?<=\d)(?:\{,\}|,)(?=\d{3}(?!\d))", "", text)  # 10,000
     text = re.sub(r"\\sqrt\s*(\d+|\([^()]*\))", r"\\sqrt{\1}", text)  # √3, √(x + 1)
     text = re.sub(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi ", text)
     return " ".join(text.split()).lstrip("=≈ ").rstrip(". ")
@@ -410,7 +1027,7 @@ def same(prediction: str, answer: str) -> bool:
 
     # Equal as formulas.
     for text in (prediction, answer):
-        if text == "" or re.fullmatch(CHAIN, text) or re.search(r"\d \d|\)\d|&", text):
+        if text == "" or re.fullmatch(CHAIN, text) or re.search(NO_FORMULA, text):
             return False  # these are none
     try:
         return same_formula(prediction, answer)
@@ -437,7 +1054,7 @@ def reward(response: str, answer: str) -> float:
     return float(is_equivalent(boxed, answer))  # Eq. 3
 
 
-# ===== 3. Questions and prompts: a row of a data set -> Problem -> Prompt; and what a group is ====
+# ===== 7. Questions and prompts: a row of a data set -> Problem -> Prompt =========================
 
 # Else the tokenizer warns when another process is started; and lengths change all the time.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -445,80 +1062,6 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said when one process saves
-
-IMAGE = "<image>"  # where a picture goes in a question
-IMAGE_TOKEN_SIDE = 28  # pixels: a token stands for 2 x 2 patches of 14 x 14
-THINK = "Think step by step between <think> and </think>, then give the answer alone in \\boxed{}."
-
-
-class BadInput(ValueError):
-    """Something the user can mend: the message says what was wrong, where, and what to do."""
-
-
-@dataclasses.dataclass
-class Options:
-    """What all commands share. [Brackets] tell where a default comes from."""
-
-    # data
-    data: str = "hiyouga/geometry3k"  # questions: hub id, .parquet, .jsonl, or a folder [paper]
-    split: str = "train"  # its split; "train[:8]" is its first eight rows
-    experts: str = "experts.jsonl"  # the cache of expert answers
-
-    # how a question is asked
-    instruction: str = THINK  # stands behind each question [asks what EasyR1's asks, in our words]
-    min_pixels: int = 262144  # smaller pictures are enlarged to this many pixels [EasyR1]
-    max_pixels: int = 4194304  # larger pictures are reduced to this many pixels [EasyR1]
-    max_prompt: int = 2048  # questions of more tokens are left out, never truncated [EasyR1]
-    max_answer: int = 2048  # answers are truncated after this many tokens [EasyR1]
-
-    # run
-    generate_batch: int = 512  # answers sampled at once on one process; halved when memory runs out
-    micro_batch: int = 1  # groups in a forward pass on one process [EasyR1]
-    seed: int = 1  # of the order of questions and of sampling [EasyR1]
-
-
-@dataclasses.dataclass
-class Problem:
-    id: str  # hash of its content and, by load_problems, of its prompt: the key of the cache
-    question: str  # with one <image> where each picture goes
-    images: list[bytes]  # encoded pictures
-    answer: str
-
-
-@dataclasses.dataclass
-class Prompt:
-    ids: Tensor  # [P] each picture expanded to its image tokens
-    positions: Tensor  # [P, 3] time, height, width
-    pixels: Tensor  # [patches, 3 * 2 * 14 * 14]
-    grid: Tensor  # [pictures, 3] patches in time, height, width
-
-
-@dataclasses.dataclass
-class Trajectory:
-    """One answer. Its fields are plain, so it is also a record of the cache and of groups.jsonl."""
-
-    ids: list[int]  # T tokens, with the end token unless it was truncated
-    text: str
-    reward: float
-    finished: bool = True  # it has an end token
-    source: str = "policy"  # or which expert wrote it
-    is_expert: bool = False
-    expert_ok: bool = True  # m: False for an expert's wrong answer, if those are filtered
-    advantage: float = 0.0
-    logp: list[float] | None = None  # [T] log pi_theta
-    behavior_logp: list[float] | None = None  # [T] log pi_old or log pi_phi
-
-
-@dataclasses.dataclass
-class Group:
-    problem: Problem
-    prompt: Prompt
-    answers: list[Trajectory]
-    has_contrast: bool = False  # do the rewards of answers with expert_ok differ?
-
-
-def answers_of(groups: list[Group]) -> list[Trajectory]:
-    return [answer for group in groups for answer in group.answers]
 
 
 def say(text: str):
@@ -615,6 +1158,8 @@ class Encoder:
         self.rope_index = model.model.get_rope_index
         self.generation_config = model.generation_config
 
+        self.image_token = model.config.image_token_id
+
         # Qwen has two end tokens; one of them is also the padding.
         ends = model.generation_config.eos_token_id or []
         if not isinstance(ends, list):
@@ -646,6 +1191,10 @@ class Encoder:
 
     def outline(self, problem: Problem) -> tuple[list[int], list[int]]:
         """The ids of the chat, and how many tokens each picture becomes. No picture is decoded."""
+        ids = self.tokenizer(self.chat(problem)).input_ids
+        if ids.count(self.image_token) != len(problem.images):
+            raise BadInput("the question holds a special token of the model: an image token")
+
         sizes = []
         for encoded in problem.images:
             width, height = picture_size(encoded)
@@ -656,8 +1205,12 @@ class Encoder:
                 min_pixels=self.options.min_pixels,
                 max_pixels=self.options.max_pixels,
             )
+            if height * width == 0:
+                raise BadInput(
+                    f"a picture is too narrow for --max_pixels {self.options.max_pixels}"
+                )
             sizes.append(height * width // IMAGE_TOKEN_SIDE**2)
-        return self.tokenizer(self.chat(problem)).input_ids, sizes
+        return ids, sizes
 
     def __call__(self, problem: Problem) -> Prompt:
         # Pictures are decoded and resized to a multiple of 28 pixels.
@@ -726,28 +1279,18 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, device_map: str | 
         raise BadInput(f"cannot load model {name} {hint}: {error}") from error
 
 
-# ===== 4. Rollouts: answers by Hugging Face generate, graded ======================================
+def questions_from(problems: list[Problem], seed: int, first: int, n: int) -> list[Problem]:
+    """Number first to first + n - 1 of an endless list of questions, shuffled anew each epoch."""
+    drawn = []
+    for number in range(first, first + n):
+        epoch, place = divmod(number, len(problems))
+        generator = torch.Generator().manual_seed(hash((seed, epoch)))
+        order = torch.randperm(len(problems), generator=generator)
+        drawn.append(problems[order[place]])
+    return drawn
 
 
-def pad(rows: Iterable, side: str = "right") -> Tensor:
-    """Rows of different length -> [rows, longest, ...], with 0 at that side."""
-    return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_side=side)
-
-
-def vision_inputs(prompts: list[Prompt]) -> dict:
-    pixels = torch.cat([prompt.pixels for prompt in prompts])
-    grid = torch.cat([prompt.grid for prompt in prompts])
-    return {"pixel_values": pixels, "image_grid_thw": grid}
-
-
-def embed(model, ids: Tensor, pictures: Iterable[dict]) -> Tensor:
-    """ids [rows, L] -> [rows, L, D]. Pictures, in parts, take the place of their tokens."""
-    features = []
-    for part in pictures:
-        features += model.model.get_image_features(**part, return_dict=True).pooler_output
-    embeds = model.get_input_embeddings()(ids)
-    is_image = ids == model.config.image_token_id
-    return embeds.masked_scatter(is_image[..., None], torch.cat(features).to(embeds))
+# ===== 8. Rollouts: answers by Hugging Face generate, graded ======================================
 
 
 class RoomyLayer(DynamicLayer):
@@ -869,16 +1412,18 @@ def sample(
 
         try:
             answers += sample_batch(actor, encoder, part, n, temperature)
+            continue
         except torch.OutOfMemoryError:
             if len(part) == 1:
                 hint = "lower --max_answer, --max_pixels or the number of answers"
                 raise BadInput(
                     f"{n} answers to one question do not fit into memory: {hint}"
                 ) from None
-            # What is done is kept, and what was found out is remembered.
-            options.generate_batch = len(part) // 2 * n
-            torch.cuda.empty_cache()
-            say(f"out of memory: from now on {options.generate_batch} answers at once")
+
+        # Try again with half as many. What is done is kept, and the number that fits is remembered.
+        options.generate_batch = len(part) // 2 * n
+        torch.cuda.empty_cache()
+        say(f"out of memory: from now on {options.generate_batch} answers at once")
     return answers
 
 
@@ -909,155 +1454,16 @@ def rollout(
     return groups
 
 
-# ===== 5. Log-probs: a group is one row, or a few =================================================
-# A question of three tokens, a b c, and two answers, d e and f g h, are laid out as
-#
-#     ids           a b    c d    c f g
-#     segment       0 0    1 1    2 2 2
-#     position      0 1    2 3    2 3 4
-#     predicts             d e    f g h
-#
-# Each answer begins with a copy of the question's last token, which predicts the answer's first
-# one. Its own last token predicts nothing, so it is left out. A token sees what stands before it in
-# segment 0 and in its own segment, and its position goes on from the question's. So log-probs and
-# gradients are those of separate rows, but question and picture are read once: P + G * T tokens
-# instead of G * (P + T).
+def greedy_accuracy(actor, encoder: Encoder, problems: list[Problem]) -> tuple[float, int]:
+    """How many greedy answers are right, and of how many."""
+    n_right = 0
+    for part in batches(problems, encoder.options.generate_batch):
+        answers = answers_of(rollout(actor, encoder, part, n=1, temperature=0.0))
+        n_right += sum(answer.reward for answer in answers)
+    return n_right, len(problems)
 
 
-class Batch(NamedTuple):
-    """Groups, laid out as what the policy reads and what the loss needs."""
-
-    ids: Tensor  # [rows, L]
-    positions: Tensor  # [rows, L, 3]
-    segments: Tensor  # [rows, L] 0: question; or padding at the end, where nothing sees it
-    vision: dict
-    target: Tensor  # [N, T] the answers' tokens
-    mask: Tensor  # [N, T] True: an answer token, the end token included
-    behavior_logp: Tensor  # [N, T] 0 where it is not known yet
-    advantages: Tensor  # [N]
-    is_expert: Tensor  # [N]
-    expert_ok: Tensor  # [N]
-
-
-def answers_per_row(group: Group, c1_by_c2: float) -> int:
-    """How to deal a group's answers out to rows: one row, or several if the answers are long.
-
-    With more answers a row the question is read less often, but attention costs (P + G * T)^2. A
-    token costs c1 FLOPs in the weights and c2 * L in attention, so the whole group costs least with
-    P * sqrt(c1 / (c2 * P) + 1) answer tokens a row.
-    """
-    n_prompt = len(group.prompt.ids)
-    n_answers = len(group.answers)
-    n_tokens = sum(len(answer.ids) for answer in group.answers)
-    best_row = n_prompt * math.sqrt(c1_by_c2 / n_prompt + 1)
-    n_rows = max(1, int(n_tokens / best_row))
-    return math.ceil(n_answers / n_rows)
-
-
-def lay_out_row(prompt: Prompt, answers: list[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:
-    """-> ids [L], positions [L, 3], segments [L]."""
-    # The question stands without its last token, because each answer begins with a copy of it.
-    ids = [prompt.ids[:-1]]
-    positions = [prompt.positions[:-1]]
-    segments = [torch.zeros_like(prompt.ids[:-1])]
-    for number, answer in enumerate(answers, start=1):
-        # An answer's last token predicts nothing, so it is left out.
-        tokens = torch.tensor([prompt.ids[-1], *answer.ids[:-1]])
-        offsets = torch.arange(len(tokens))
-        ids.append(tokens)
-        positions.append(prompt.positions[-1] + offsets[:, None])
-        segments.append(torch.full_like(tokens, number))
-    return torch.cat(ids), torch.cat(positions), torch.cat(segments)
-
-
-def pack(groups: list[Group], c1_by_c2: float = math.inf) -> Batch:
-    """By default each group is one row. The loss knows no groups: it gets N answers."""
-    # What the policy reads.
-    rows = []
-    prompts = []
-    for group in groups:
-        for answers in batches(group.answers, answers_per_row(group, c1_by_c2)):
-            rows.append(lay_out_row(group.prompt, answers))
-            prompts.append(group.prompt)
-    ids, positions, segments = zip(*rows, strict=True)
-
-    # What the loss needs.
-    answers = answers_of(groups)
-    behavior_logp = []
-    for answer in answers:
-        behavior_logp.append(torch.tensor(answer.behavior_logp or [0.0] * len(answer.ids)))
-    return Batch(
-        ids=pad(ids),
-        positions=pad(positions),
-        segments=pad(segments),
-        vision=vision_inputs(prompts),
-        target=pad([answer.ids for answer in answers]),
-        mask=pad([[True] * len(answer.ids) for answer in answers]),
-        behavior_logp=pad(behavior_logp),
-        advantages=torch.tensor([answer.advantage for answer in answers]),
-        is_expert=torch.tensor([answer.is_expert for answer in answers]),
-        expert_ok=torch.tensor([answer.expert_ok for answer in answers]),
-    )
-
-
-class Policy(nn.Module):
-    """A Qwen2.5-VL as log-probs of answers: student, expert and reference alike."""
-
-    def __init__(self, model, unwritable: Tensor):
-        super().__init__()
-        model.set_attn_implementation("sdpa")  # flash attention would ignore the mask of `forward`
-        self.model = model
-        self.unwritable = unwritable
-        # Of a layer: 2 FLOPs for each weight, and 4 * D for each pair of tokens.
-        layer = model.model.language_model.layers[0]
-        n_weights = sum(p.numel() for p in layer.parameters())
-        self.c1_by_c2 = n_weights / (2 * model.config.text_config.hidden_size)
-
-    def token_logp(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """hidden [tokens, D], target [tokens] -> [tokens], in float32."""
-        logits = self.model.lm_head(hidden).float()  # [tokens, V]
-        logits = logits.index_fill(-1, self.unwritable.to(logits.device), -torch.inf)
-        return -nn.functional.cross_entropy(logits, target.to(logits.device), reduction="none")
-
-    def forward(self, batch: Batch) -> Tensor:
-        """-> logp [N, T], 0 at padding."""
-        # The drawing's mask: causal, and only the question and a token's own answer.
-        query = batch.segments[:, :, None]
-        key = batch.segments[:, None, :]
-        sees = ((key == 0) | (key == query)).tril()  # [rows, L, L]
-        hidden = self.model.model.language_model(
-            inputs_embeds=embed(self.model, batch.ids, [batch.vision]),
-            position_ids=batch.positions.movedim(-1, 0),
-            attention_mask=sees[:, None],
-            use_cache=False,
-        ).last_hidden_state  # [rows, L, D]
-
-        # What segments 1 to G predict, are the answers' tokens in order.
-        hidden = hidden[(batch.segments > 0).to(hidden.device)]  # [tokens, D]
-        target = batch.target[batch.mask]  # [tokens]
-
-        # A part at a time, recomputed in the backward pass, as [tokens, V] logits are large.
-        logp = []
-        for some_hidden, some_target in zip(hidden.split(1024), target.split(1024), strict=True):
-            logp.append(checkpoint(self.token_logp, some_hidden, some_target, use_reentrant=False))
-        logp = torch.cat(logp).to(batch.mask.device)
-        return torch.zeros_like(batch.behavior_logp).masked_scatter(batch.mask, logp)
-
-
-@torch.no_grad()
-def score(
-    policy: Policy, groups: list[Group], size: int
-) -> Iterator[tuple[Trajectory, list[float]]]:
-    """Every answer with its log-probs [T], by the forward pass of training; size groups at once."""
-    policy.eval()
-    for part in batches(groups, size):
-        batch = send_to_device(pack(part, policy.c1_by_c2), policy.model.device)
-        logp = policy(batch).tolist()
-        for answer, row in zip(answers_of(part), logp, strict=True):
-            yield answer, row[: len(answer.ids)]
-
-
-# ===== 6. Experts: answers of a stronger model, cached with their log-probs under that model ======
+# ===== 9. Experts: answers of a stronger model, cached with their log-probs under that model ======
 # The cache is JSONL, an answer a line, right or wrong. A question is known by a hash of its
 # pictures, its right answer and its prompt's tokens, so that an answer is taken only where the
 # prompt is the same.
@@ -1097,7 +1503,9 @@ def read_cache(
             raise BadInput(f"{path} holds answers of {record['source']}, not of {model}: {hint}")
         question = record.pop("question")
         if question in cache:
-            cache[question].append(Trajectory(**record | {"is_expert": True}))
+            answer = Trajectory(**record)
+            answer.is_expert = True
+            cache[question].append(answer)
 
     # Tell what there is.
     answers = [answer for some in cache.values() for answer in some]
@@ -1111,25 +1519,29 @@ def read_cache(
     return cache
 
 
-def start_processes(log_with: str = "", out: str | None = None) -> tuple[Accelerator, torch.dtype]:
-    """Joins the other processes. -> accelerator, and the dtype of computation."""
-    cuda = torch.cuda.is_available()
-    patience = InitProcessGroupKwargs(
-        timeout=timedelta(hours=6)
-    )  # while one samples, the others wait
-    accelerator = Accelerator(
-        cpu=not cuda, kwargs_handlers=[patience], log_with=log_with or None, project_dir=out
-    )
-    if log_with and not accelerator.log_with:
-        raise BadInput(f"--log_with {log_with}: this package is not installed")
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # it makes a plan for each length, so for each new token
-    if not torch.distributed.is_initialized():  # started without a launcher: a world of one
-        torch.distributed.init_process_group(
-            "nccl" if cuda else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+def cached_experts(options: Train, problems: list[Problem]) -> FindExperts:
+    """A function that takes up to n_off of a question's cached answers, at random."""
+    path = Path(options.experts)
+    cache = read_cache(path, problems)
+    if not any(cache.values()):
+        raise BadInput(
+            f"{path} answers none of these questions as they are asked here; "
+            "was it made for other data, instruction, pixels or tokenizer?"
         )
-    return accelerator, torch.bfloat16 if cuda else torch.float32
+
+    def find(actor, encoder: Encoder, groups: list[Group]):
+        experts = []
+        for group in groups:
+            answers = cache[group.problem.id]
+            order = torch.randperm(len(answers))[: options.n_off]
+            experts.append([dataclasses.replace(answers[i]) for i in order])  # copies
+        return experts, {}
+
+    return find
+
+
+def no_experts(actor, encoder: Encoder, groups: list[Group]):
+    return [[] for _ in groups], {}
 
 
 @dataclasses.dataclass
@@ -1198,96 +1610,35 @@ def make_experts(options: Experts):
     read_cache(path, problems)
 
 
-# ===== 7. Training ================================================================================
-
-BY_ALGORITHM = {
-    "grpo": dict(sharpness=5.0, clip_high=0.2, kl_coef=0.01, token_mean=False, max_draws=1),
-    "dapo": dict(sharpness=14.0, clip_high=0.28, kl_coef=0.0, token_mean=True, max_draws=20),
-}
+# ===== 10. Processes, sharding, checkpoints =======================================================
 
 
-@dataclasses.dataclass
-class Train(Options):
-    """Train by TGRL-DAPO or TGRL-GRPO; with --experts self the policy makes its own experts."""
-
-    # data
-    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # the student: hub id or folder [paper]
-    val_data: str = ""  # held-out questions, for greedy accuracy during training; empty: none
-    val_split: str = "test"  # its split
-
-    # method; None stands for the algorithm's own setting, see BY_ALGORITHM
-    algorithm: Literal["dapo", "grpo"] = "dapo"  # TGRL-DAPO or TGRL-GRPO
-    n_on: int = 7  # answers of the policy in a group, at least 2 [paper, Geo3K; ViRL39K: 4]
-    n_off: int = 1  # answers of the expert in a group; 0: plain DAPO or GRPO, take --n_on 8 [paper]
-    sharpness: float | None = None  # beta of Eq. 20: 14 for dapo, 5 for grpo [paper]
-    reweight: bool = True  # weigh expert tokens by Eq. 18-20; no: w = 1 [paper, Table 1]
-    filter: bool = True  # no weight for wrong expert answers, Eq. 22; no: m = 1 [paper, Table 1]
-    clip_low: float = 0.2  # lower clip of the coefficient [EasyR1]
-    clip_high: float | None = None  # upper clip: 0.28 for dapo [EasyR1], 0.2 for grpo [Eq. 24]
-    kl_coef: float | None = None  # beta of Eq. 24: 0.01 for grpo [EasyR1], 0 for dapo
-    token_mean: bool | None = None  # average over tokens, Eq. 25 (dapo), or answers, Eq. 24 (grpo)
-    max_draws: int | None = (
-        None  # times to draw questions in a step: 20 for dapo [EasyR1], 1 for grpo
+def start_processes(log_with: str = "", out: str | None = None) -> tuple[Accelerator, torch.dtype]:
+    """Joins the other processes. -> accelerator, and the dtype of computation."""
+    cuda = torch.cuda.is_available()
+    accelerator = Accelerator(
+        cpu=not cuda,
+        log_with=log_with or None,
+        project_dir=out,
+        # While one process samples, the others wait.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
+    if log_with and not accelerator.log_with:
+        hint = "it is not installed, or accelerate does not know it"
+        raise BadInput(f"--log_with {log_with}: {hint}")
 
-    # experts that the policy makes itself, --experts self
-    tries: int = 8  # continuations of a wrong answer in a round
-    rounds: int = 1  # rounds of looking again
+    # Started without a launcher: a world of one.
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            backend="nccl" if cuda else "gloo",
+            store=torch.distributed.HashStore(),
+            rank=0,
+            world_size=1,
+        )
 
-    # optimization
-    steps: int = 60  # each a rollout and its updates [paper: 15 epochs of Geo3K; 2 of ViRL39K: 150]
-    questions_per_rollout: int = 512  # questions in a step, over all processes [EasyR1]
-    questions_per_update: int = 128  # questions in an update [EasyR1]
-    lr: float = 1e-6  # learning rate of AdamW, constant [EasyR1]
-    checkpointing: bool = (
-        True  # recompute activations in the backward pass, to save memory [EasyR1]
-    )
-
-    # run
-    out: str = "runs/train"  # folder of the run: metrics.jsonl, groups.jsonl, checkpoints, model
-    resume: bool = False  # continue the run in --out from its newest checkpoint
-    every: int = (
-        5  # steps between checkpoints, evaluations, groups kept for `eval.py show` [EasyR1]
-    )
-    log_with: str = ""  # a tracker that accelerate knows, such as tensorboard or wandb
-
-    def __post_init__(self):
-        for name, value in BY_ALGORITHM[self.algorithm].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-
-    @property
-    def method(self) -> str:
-        return ("TGRL-" if self.n_off else "") + self.algorithm.upper()
-
-    def check_processes(self, n: int):
-        """All processes take an equal part of each update."""
-        update = self.questions_per_update
-        if update % n:
-            divisors = [str(i) for i in range(1, update + 1) if update % i == 0]
-            raise BadInput(
-                f"{n} processes cannot share --questions_per_update {update} equally: "
-                f"start {' or '.join(divisors)}, or give a multiple of {n}"
-            )
-        if self.questions_per_rollout % update:
-            raise BadInput(
-                f"--questions_per_rollout {self.questions_per_rollout} must be a multiple "
-                f"of --questions_per_update {update}"
-            )
-
-    def check_folder(self):
-        """Is it free, or to be resumed? Tells which options differ from before."""
-        path = Path(self.out, "metrics.jsonl")
-        if not path.exists():
-            return
-        if not self.resume:
-            hint = "--resume continues it, another --out begins one"
-            raise BadInput(f"--out {self.out} holds a run; {hint}")
-        configs = [record["config"] for record in read_records(path) if "config" in record]
-        for name, value in dataclasses.asdict(self).items():
-            before = configs[-1].get(name) if configs else value
-            if name not in ("resume", "generate_batch") and value != before:
-                say(f"--{name} is {value} from now on; it was {before}")
+    # cuDNN's attention would make a plan for each length, so for each new token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return accelerator, torch.bfloat16 if cuda else torch.float32
 
 
 def make_policy(actor, unwritable: Tensor) -> Policy:
@@ -1366,56 +1717,17 @@ def export_model(folder: Path, actor, encoder: Encoder):
     encoder.processor.save_pretrained(folder)
 
 
-def questions_from(problems: list[Problem], seed: int, first: int, n: int) -> list[Problem]:
-    """Number first to first + n - 1 of an endless list of questions, shuffled anew each epoch."""
-    drawn = []
-    for number in range(first, first + n):
-        epoch, place = divmod(number, len(problems))
-        generator = torch.Generator().manual_seed(hash((seed, epoch)))
-        order = torch.randperm(len(problems), generator=generator)
-        drawn.append(problems[order[place]])
-    return drawn
+# ===== 11. Counting and telling ===================================================================
 
 
-# (actor, encoder, groups) -> the expert answers of each group, and metrics
-FindExperts = Callable[..., tuple[list[list[Trajectory]], dict]]
-
-
-def cached_experts(options: Train, problems: list[Problem]) -> FindExperts:
-    """A function that takes up to n_off of a question's cached answers, at random."""
-    path = Path(options.experts)
-    cache = read_cache(path, problems)
-    if not any(cache.values()):
-        raise BadInput(
-            f"{path} answers none of these questions as they are asked here; "
-            "was it made for other data, instruction, pixels or tokenizer?"
-        )
-
-    def find(actor, encoder: Encoder, groups: list[Group]):
-        experts = []
-        for group in groups:
-            answers = cache[group.problem.id]
-            order = torch.randperm(len(answers))[: options.n_off]
-            experts.append([dataclasses.replace(answers[i]) for i in order])  # copies
-        return experts, {}
-
-    return find
-
-
-def no_experts(actor, encoder: Encoder, groups: list[Group]):
-    return [[] for _ in groups], {}
-
-
-def set_advantages(group: Group, use_filter: bool):
-    rewards = torch.tensor([[answer.reward for answer in group.answers]])  # [1, G]
-    advantages = group_advantages(rewards)[0].tolist()  # Eq. 15, 16
-    for answer, advantage in zip(group.answers, advantages, strict=True):
-        answer.advantage = advantage
-        if answer.is_expert and use_filter:
-            answer.expert_ok = answer.reward == 1  # Eq. 22
-    # If only a filtered expert answer differs, all others have one and the same advantage: they are
-    # not compared with each other.
-    group.has_contrast = len({answer.reward for answer in group.answers if answer.expert_ok}) > 1
+def count_answers(groups: list[Group], accelerator: Accelerator) -> list[int]:
+    """Answers, their tokens, own answers, their tokens: of all processes."""
+    answers = answers_of(groups)
+    own = [answer for answer in answers if not answer.is_expert]
+    n_tokens = sum(len(answer.ids) for answer in answers)
+    n_own_tokens = sum(len(answer.ids) for answer in own)
+    counts = torch.tensor([len(answers), n_tokens, len(own), n_own_tokens])
+    return accelerator.reduce(counts.to(accelerator.device), reduction="sum").tolist()
 
 
 def group_metrics(groups: list[Group]) -> dict:
@@ -1431,16 +1743,6 @@ def group_metrics(groups: list[Group]) -> dict:
     return {name: (sum(some), len(some)) for name, some in values.items()}
 
 
-def count_answers(groups: list[Group], accelerator: Accelerator) -> list[int]:
-    """Answers, their tokens, own answers, their tokens: of all processes."""
-    answers = answers_of(groups)
-    own = [answer for answer in answers if not answer.is_expert]
-    n_tokens = sum(len(answer.ids) for answer in answers)
-    n_own_tokens = sum(len(answer.ids) for answer in own)
-    counts = torch.tensor([len(answers), n_tokens, len(own), n_own_tokens])
-    return accelerator.reduce(counts.to(accelerator.device), reduction="sum").tolist()
-
-
 def remember(groups: list[Group], logp: Tensor, behavior_logp: Tensor):
     """Both [N, T], for groups.jsonl."""
     rows = zip(answers_of(groups), logp.tolist(), behavior_logp.tolist(), strict=True)
@@ -1449,7 +1751,7 @@ def remember(groups: list[Group], logp: Tensor, behavior_logp: Tensor):
         answer.behavior_logp = old[: len(answer.ids)]
 
 
-def average(metrics: list[dict]) -> dict[str, float]:
+def means_of(metrics: list[dict]) -> dict[str, float]:
     """The mean of each metric over all its (sum, count) pairs, on all processes."""
     pairs = []
     for some in metrics:
@@ -1461,15 +1763,6 @@ def average(metrics: list[dict]) -> dict[str, float]:
         totals[name] += total
         counts[name] += count
     return {name: totals[name] / counts[name] for name in totals if counts[name]}
-
-
-def greedy_accuracy(actor, encoder: Encoder, problems: list[Problem]) -> tuple[float, int]:
-    """How many greedy answers are right, and of how many."""
-    n_right = 0
-    for part in batches(problems, encoder.options.generate_batch):
-        answers = answers_of(rollout(actor, encoder, part, n=1, temperature=0.0))
-        n_right += sum(answer.reward for answer in answers)
-    return n_right, len(problems)
 
 
 def kept_group(group: Group, step: int, encoder: Encoder) -> dict:
@@ -1492,222 +1785,7 @@ def summary(means: dict[str, float]) -> str:
     return "  ".join(f"{name} {means[name]:.3g}" for name in names.split() if name in means)
 
 
-# Like its pseudocode it is one piece, hence longer than ruff would have it.
-def train(options: Train, find_experts: FindExperts | None = None) -> dict:  # noqa: C901
-    """The method, in the order of the pseudocode above. -> the last metrics
-
-    Without find_experts, experts come from the cache.
-    """
-    out = Path(options.out)
-    if options.n_off and not find_experts and not Path(options.experts).exists():
-        raise BadInput(
-            f"no --experts {options.experts}; make it by `tgrl.py experts`, or take --n_off 0"
-        )
-    options.check_folder()
-
-    # Processes: each samples and trains on its own groups.
-    accelerator, dtype = start_processes(options.log_with, options.out)
-    n_processes = accelerator.num_processes
-    options.check_processes(n_processes)
-
-    # The actor, which samples: whole on each process, in the dtype of computation.
-    actor, processor = load_model(options.model, dtype)
-    actor.to(accelerator.device)
-    encoder = Encoder(processor, actor, options)
-
-    # Questions, and where experts come from.
-    problems = load_problems(options.data, options.split, encoder)
-    held_out = []
-    if options.val_data:
-        held_out = load_problems(options.val_data, options.val_split, encoder)
-        held_out = held_out[accelerator.process_index :: n_processes]
-    if options.n_off == 0:
-        find_experts = no_experts
-    elif find_experts is None:
-        find_experts = cached_experts(options, problems)
-
-    # The policy, which learns: sharded, in float32; and for GRPO's KL a copy that does not.
-    policy = make_policy(actor, encoder.unwritable)
-    reference = None
-    if options.kl_coef:
-        reference = make_policy(actor, encoder.unwritable).requires_grad_(False)
-    if options.checkpointing:
-        policy.model.activation_checkpointing_enable()
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=options.lr,
-        weight_decay=0.01,  # [EasyR1]
-        fused=accelerator.device.type == "cuda",
-    )
-
-    # The newest checkpoint. Random numbers need none: each step seeds them.
-    progress = {"step": 0, "n_drawn": 0, "generate_batch": options.generate_batch}
-    if newest_checkpoint(out):
-        load_checkpoint(newest_checkpoint(out), policy, optimizer, progress, accelerator)
-        optimizer.param_groups[0]["lr"] = options.lr  # it may be another now
-        options.generate_batch = min(options.generate_batch, progress["generate_batch"])
-
-    # Files and bar.
-    accelerator.wait_for_everyone()  # all have looked into --out before one writes there
-    out.mkdir(parents=True, exist_ok=True)
-    accelerator.init_trackers("tgrl", config=dataclasses.asdict(options))
-
-    def write(name: str, record: dict):
-        if accelerator.is_main_process:
-            append_records(out / name, [record])
-
-    write("metrics.jsonl", {"method": options.method, "config": dataclasses.asdict(options)})
-    say(f"{options.method} from step {progress['step']}, {n_processes} x {accelerator.device}")
-    bar = tqdm(
-        total=options.steps,
-        initial=progress["step"],
-        unit="step",
-        disable=None if accelerator.is_main_process else True,
-    )
-
-    def show(done: int, of: int):
-        bar.set_postfix_str(f"rollout {done}/{of}")
-
-    # How good it is before training, or was at the checkpoint.
-    copy_weights(policy, actor)
-    means = average([{"accuracy": greedy_accuracy(actor, encoder, held_out)}])
-    if means:
-        write("metrics.jsonl", {"step": progress["step"], **means})
-
-    for step in range(progress["step"] + 1, options.steps + 1):
-        started = time.perf_counter()
-        torch.manual_seed(hash((options.seed, step, accelerator.process_index)))
-        metrics = []
-
-        # 1. Draw questions until every process has enough groups that can teach.
-        quota = options.questions_per_rollout // n_processes
-        groups = []
-        without_contrast = []
-        n_drawn = 0  # in this step, by all processes
-        n_questions = quota  # to draw next, by each process
-        for _ in range(options.max_draws):
-            first = progress["n_drawn"] + accelerator.process_index * n_questions
-            questions = questions_from(problems, options.seed, first, n_questions)
-            progress["n_drawn"] += n_processes * n_questions
-            n_drawn += n_processes * n_questions
-
-            drawn = rollout(actor, encoder, questions, n=options.n_on, progress=show)  # Eq. 3, 13
-
-            # Add experts, and see whether rewards differ.
-            experts, expert_metrics = find_experts(actor, encoder, drawn)
-            for group, expert_answers in zip(drawn, experts, strict=True):
-                group.answers += expert_answers  # Eq. 14
-                set_advantages(group, options.filter)  # Eq. 15, 16, 22
-                if group.has_contrast:
-                    groups.append(group)
-                elif len(without_contrast) < quota:
-                    without_contrast.append(group)
-            metrics += [group_metrics(drawn), expert_metrics]
-
-            # All processes decide alike, as they know the numbers of all. The next draw is as large
-            # as the process that lacks most is likely to need.
-            n_found = gather_object([len(groups)])
-            missing = quota - min(n_found)
-            if missing <= 0:
-                break
-            rate = sum(n_found) / n_drawn
-            n_questions = quota if rate == 0 else min(quota, math.ceil(missing / rate))
-
-        # A surplus is dropped; a gap is filled with groups without contrast. GRPO, which draws
-        # once, takes all groups.
-        groups = (groups + without_contrast)[:quota]
-
-        # 2. log pi_old, by the policy itself, as the sampler's log-probs are rounded otherwise.
-        # With a single update, the forward pass below gives it.
-        n_updates = options.questions_per_rollout // options.questions_per_update
-        if n_updates > 1:
-            for answer, logp in score(policy, groups, options.micro_batch):
-                if not answer.is_expert:
-                    answer.behavior_logp = logp
-
-        # 3. Update the policy, each time on a part of the groups.
-        policy.train()
-        average_of = "dapo" if options.token_mean else "grpo"
-        for i in range(n_updates):
-            bar.set_postfix_str(f"update {i + 1}/{n_updates}")
-            part = groups[i::n_updates]  # a stride, so that each update gets some of both kinds
-
-            # What this update averages over, on all processes.
-            n_answers, n_tokens, n_own_answers, n_own_tokens = count_answers(part, accelerator)
-
-            for micro_batch in batches(part, options.micro_batch):
-                batch = send_to_device(pack(micro_batch, policy.c1_by_c2), accelerator.device)
-                logp = policy(batch)  # [N, T], with gradient
-                behavior_logp = batch.behavior_logp
-                if n_updates == 1:
-                    # pi_old is pi_theta.
-                    is_expert = batch.is_expert[:, None]
-                    behavior_logp = torch.where(is_expert, behavior_logp, logp.detach())
-
-                shares = token_shares(batch.mask, average_of, n_answers, n_tokens)
-                is_own = batch.mask & ~batch.is_expert[:, None]
-                kl_shares = token_shares(is_own, average_of, n_own_answers, n_own_tokens)
-                loss, totals = tgrl_loss(
-                    logp=logp,
-                    behavior_logp=behavior_logp,
-                    mask=batch.mask,
-                    advantages=batch.advantages,
-                    is_expert=batch.is_expert,
-                    expert_ok=batch.expert_ok,
-                    shares=shares,
-                    sharpness=options.sharpness if options.reweight else None,
-                    clip_low=options.clip_low,
-                    clip_high=options.clip_high,
-                    kl_coef=options.kl_coef,
-                    ref_logp=reference(batch) if reference else None,
-                    kl_shares=kl_shares,
-                )  # Eq. 17-25
-                (loss * n_processes).backward()  # FSDP averages gradients over processes
-                metrics.append(totals)
-                remember(micro_batch, logp, behavior_logp)
-
-            # Clip as EasyR1. A gradient of 0 is no step: only momentum and weight decay would act.
-            norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm=1.0)
-            norm = norm.full_tensor()
-            if 0 < norm < math.inf:
-                optimizer.step()
-            optimizer.zero_grad()
-            metrics.append({"grad_norm": (norm, 1)})
-
-        # 4. The actor gets the new weights.
-        copy_weights(policy, actor)
-
-        # 5. Log, save, evaluate.
-        metrics.append({"seconds": (time.perf_counter() - started, 1)})
-        n_errors = grader_errors.total()
-        metrics.append({"grader_errors": (n_errors, 1 / n_processes)})  # a sum over processes
-        grader_errors.clear()
-        means = average(metrics)
-        write("metrics.jsonl", {"step": step, **means})
-        progress.update(step=step, generate_batch=options.generate_batch)
-        if step % options.every == 0 or step == options.steps:
-            for group in groups[:4]:
-                write("groups.jsonl", kept_group(group, step, encoder))
-            if accelerator.is_main_process:
-                export_model(out / "model", actor, encoder)
-            save_checkpoint(out, policy, optimizer, progress, accelerator)
-            bar.set_postfix_str("evaluation")
-            accuracy = average([{"accuracy": greedy_accuracy(actor, encoder, held_out)}])
-            if accuracy:
-                write("metrics.jsonl", {"step": step, **accuracy})
-                means |= accuracy
-        accelerator.log(means, step=step)
-        say(f"step {step:>3}/{options.steps}  {summary(means)}")
-        bar.update()
-
-    bar.close()
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    say(f"the trained model is in {out / 'model'}")
-    return means
-
-
-# ===== 8. Experts of its own, after IVR-R1 (arXiv 2605.23997), written from its abstract ==========
+# ===== 12. Experts of its own, after IVR-R1 (arXiv 2605.23997), written from its abstract =========
 # A wrong answer is cut before the first step that the policy doubts. The question is asked again,
 # with the picture once more and a request to look, and the answer is continued from there, several
 # times. The first right continuation becomes the group's expert; if there is none, a wrong one is
@@ -1770,43 +1848,49 @@ def rectify(actor, encoder: Encoder, groups: list[Group], tries: int, rounds: in
         # Cut each before its first doubted step, and ask to look again from there.
         prompts = []
         for group in flawed.values():
-            [answer] = group.answers
-            cut = before_doubt(answer, encoder.tokenizer.decode)
-            answer.ids = answer.ids[:cut]
-            answer.behavior_logp = answer.behavior_logp[:cut]
-            prompts.append(look_again(group.problem, answer.ids, encoder))
+            [prefix] = group.answers
+            cut = before_doubt(prefix, encoder.tokenizer.decode)
+            prefix.ids = prefix.ids[:cut]
+            prefix.behavior_logp = prefix.behavior_logp[:cut]
+            prompts.append(look_again(group.problem, prefix.ids, encoder))
         continuations = sample(actor, encoder, prompts, tries)
 
         # Take the first right continuation, or else the first one for the next round.
         still_flawed = {}
-        for (number, group), prompt, ends in zip(
-            flawed.items(), prompts, continuations, strict=True
-        ):
-            [begun] = group.answers
+        for number, prompt, suffixes in zip(flawed, prompts, continuations, strict=True):
+            problem = flawed[number].problem
+            [prefix] = flawed[number].answers
             answers = []
-            for end in ends:
-                ids = (begun.ids + end)[: encoder.options.max_answer]
-                answers.append(grade(ids, group.problem, encoder))
+            for suffix in suffixes:
+                ids = (prefix.ids + suffix)[: encoder.options.max_answer]
+                answers.append(grade(ids, problem, encoder))
             right = [answer for answer in answers if answer.reward == 1 and answer.finished]
             answer = right[0] if right else answers[0]
 
-            # What was kept has its log-probs; the end was written with this prompt.
-            end = Trajectory(answer.ids[len(begun.ids) :], text="", reward=0.0)
-            [(_, end_logp)] = score(judge, [Group(group.problem, prompt, [end])], size=1)
-            answer.behavior_logp = begun.behavior_logp + end_logp
+            # The prefix has its log-probs; the suffix was written with this prompt.
+            suffix = Trajectory(answer.ids[len(prefix.ids) :], text="", reward=0.0)
+            [(_, suffix_logp)] = score(judge, [Group(problem, prompt, [suffix])], size=1)
+            answer.behavior_logp = prefix.behavior_logp + suffix_logp
             if right:
                 answer.source = "self"
                 answer.is_expert = True
                 experts[number] = [answer]
             else:
-                still_flawed[number] = Group(group.problem, prompt, [answer])
+                still_flawed[number] = Group(problem, prompt, [answer])
         flawed = still_flawed
 
     n_right = sum(len(answers) for answers in experts)
     return experts, {"rectified": (n_right, n_flawed)}
 
 
-# ===== 9. The toy, and the command line ===========================================================
+def own_experts(options: Train) -> FindExperts | None:
+    """For --experts self the function that makes them; else None, for the cache."""
+    if options.experts != "self" or options.n_off == 0:
+        return None
+    return functools.partial(rectify, tries=options.tries, rounds=options.rounds)
+
+
+# ===== 13. The toy, and the command line ==========================================================
 # .toy/ holds questions, a student and an expert, made once; its README says how, and how good they
 # are.
 
@@ -1830,13 +1914,6 @@ class Toy:
     steps: int = 32  # of each training
     seed: int = 1  # of the order of questions and of sampling
     out: str = "runs/toy"  # folder of all files
-
-
-def own_experts(options: Train) -> FindExperts | None:
-    """For --experts self the function that makes them; else None, for the cache."""
-    if options.experts != "self" or options.n_off == 0:
-        return None
-    return functools.partial(rectify, tries=options.tries, rounds=options.rounds)
 
 
 def accuracy_of(model: str, data: Path) -> float:
@@ -1924,6 +2001,8 @@ def main():
 def leave():
     """End the process at once. A thread that a library left behind may abort Python's own end: then
     torchrun calls a run failed of which all is written."""
+    grading_process.stop()
+    grading_process.join()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
