@@ -931,20 +931,20 @@ def test_bad_rows_are_named_and_good_ones_kept(world, tmp_path, monkeypatch, cap
         "images": [encoded(noise(random.Random(0), 56, 56))],
     }
     bad = {
-        "problem .or question. or answer is empty: row 1 its columns are problem, answer, images": [
+        "problem .or question. or answer is empty: row 1 .its columns are problem, answer, images": [
             good | {"answer": None},
             good | {"problem": " "},
         ],
         "2 times <image> for 1 pictures: row 3": [good | {"problem": "<image><image>Why?"}],
         "0 times <image> for 0 pictures: row 4": [good | {"problem": "Why?", "images": []}],
-        "its prompt is longer than --max_prompt 2048: row 5 .{4} tokens": [
+        "its prompt is longer than --max_prompt 2048: row 5 .{5} tokens": [
             good | {"problem": "<image>" + "Why? " * 2100}
         ],
-        "the question holds a special token of the model: row 6 an image token": [
+        "the question holds a special token of the model: row 6 .an image token": [
             good | {"problem": "<image>Why <|image_pad|>?"}
         ],
-        "a picture is missing: row 7 nowhere.png": [good | {"images": ["nowhere.png"]}],
-        "a picture cannot be read: row 8.*; row 9 cannot identify image file": [
+        "a picture is missing: row 7 .nowhere.png": [good | {"images": ["nowhere.png"]}],
+        "a picture cannot be read: row 8.*; row 9 .cannot identify image file": [
             good | {"images": [good["images"][0][:2000]]},
             good | {"images": [b"PNG"]},
         ],

@@ -860,7 +860,7 @@ class Train(Options):
         for name, value in dataclasses.asdict(self).items():
             before = configs[-1].get(name) if configs else value
             if name not in ("resume", "generate_batch") and value != before:
-                say(f"--{name} is {value} from now on; it was {before}")
+                say(f"--{name} is {value!r} from now on; it was {before!r}")
 
 
 # ===== 6. The reward: is the boxed answer right?   Eq. 3 ==========================================
@@ -1252,7 +1252,7 @@ def load_problems(source: str, split: str, encoder: Encoder) -> list[Problem]:
             reason, _, detail = str(error).partition(": ")
             if not isinstance(error, BadInput):
                 reason = f"{type(error).__name__} {reason}"
-            left_out[reason].append(f"row {number} {detail}".strip())
+            left_out[reason].append(f"row {number} ({detail})" if detail else f"row {number}")
             continue
         outline = f"{problem.id} {ids} {sizes}"
         problem.id = hashlib.sha256(outline.encode()).hexdigest()[:16]
