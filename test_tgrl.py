@@ -572,7 +572,7 @@ y=2x+1 ~ y = 1+2x | 1:2:3 ~ 1 : 2 : 3 | 60^{\circ} ~ 60° | x = 5 cm ~ 5 | 5\tex
 −5 ~ -5.0 | 2π ~ 2\pi | $16$ ~ 16 | \$16 ~ 16 | 60° ~ 60 | .5 ~ 1/2 | 5\%, 6\% ~ 5, 6 | pi ~ \pi
 x² ~ x^2 | 5 mg ~ 5 | (A) ~ A | A ~ (A) | -5 ~ −5 | AC ~ ac | b ~ B | 3 L ~ 3 | 2h ~ 2h | 5. ~ 5
 (-\infty, 1)\cup(2, \infty) ~ (2,\infty)\cup(-\infty,1) | A. edge ~ A | 5 ≈ 6 ~ 5
-√{3} ~ \sqrt{3}
+√{3} ~ \sqrt{3} | \frac{60^\circ}{2} ~ 30 | B. AC ~ B | \sin{30^{\circ}} ~ \sin{30}
 """
 DIFFERENT = r"""
 90° clockwise ~ 90° counterclockwise | 12 cm ~ 12 m | 5 m^2 ~ 5 m | 5 hours ~ 5 minutes
@@ -1562,7 +1562,7 @@ def test_dapo_draws_until_it_has_contrast(
 ):
     seen, trained = [], []
 
-    def rolled(actor, encoder, problems, n, temperature=1.0, progress=None):
+    def rolled(actor, encoder, problems, n, temperature=1.0, show=None):
         seen.append(len(problems))
         groups = [
             group_of([i < contrast[len(seen) - 1], False, False]) for i in range(len(problems))
@@ -1585,6 +1585,20 @@ def test_dapo_draws_until_it_has_contrast(
     tgrl.train(tgrl.Train(**folder.train | dict(algorithm=algorithm) | more))
     assert seen == draws and len(trained) == 4
     assert sum(group.has_contrast for group in trained) == min(4, sum(contrast))
+
+
+@pytest.mark.parametrize(
+    "n_chosen, n_drawn, more",
+    [
+        ([4, 4], 8, 0),
+        ([9, 4], 16, 0),  # a surplus of one is none for the other
+        ([0, 0], 8, 4),
+        ([3, 1], 8, 4),  # 3 are missing; every second question gives a group: 6, but the quota is 4
+        ([4, 3], 8, 2),  # 1 is missing: 8/7 questions
+    ],
+)
+def test_as_many_are_drawn_again_as_the_process_that_lacks_most_needs(n_chosen, n_drawn, more):
+    assert tgrl.questions_to_draw(4, n_chosen, n_drawn) == more
 
 
 def test_a_question_is_drawn_once_an_epoch():
@@ -1816,7 +1830,7 @@ def three_updates(options, experts, result):
     """The real loop on given groups; its gradients and weights, and what this process holds of them."""
     gradients, saved, groups, real = [], [], [], torch.nn.utils.clip_grad_norm_
 
-    def given(actor, encoder, problems, n, temperature=1.0, progress=None):
+    def given(actor, encoder, problems, n, temperature=1.0, show=None):
         groups.extend([] if groups else make_groups(encoder, 8, seed=5, experts=experts))
         return copy.deepcopy(groups[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])])
 

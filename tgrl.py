@@ -20,10 +20,10 @@ a stronger model, the expert. The method, as the function `train` goes through i
                 m = 1 for a right expert answer, 0 for a wrong one (the filter)    Eq. 22
                 choose the group if the answers that are not filtered differ in R
         fill up with other groups, if too few are chosen
-        if the step has several updates, as by default: compute log pi_old with the policy
+        compute log pi_old with the policy as it is now (if the step has one update: see below)
         for each update, on its part of the groups:
             compute log pi_theta of every answer token, with gradient
-            if it is the only update of the step: log pi_old is log pi_theta, without gradient
+            (in the only update of a step log pi_old is this log pi_theta, without gradient)
             ratio = pi_theta / pi_old, for the policy's own tokens                 Eq. 2, 4
             rho = pi_theta / pi_phi, for the expert's tokens                       Eq. 17
             Delta = log pi_phi - log pi_theta                                      Eq. 18
@@ -34,17 +34,17 @@ a stronger model, the expert. The method, as the function `train` goes through i
             take a step of AdamW
         give the policy's weights to the actor
 
-The share of a token is 1 / (answers * tokens of its answer) in GRPO, and 1 / tokens in DAPO. In the
-gradient of J, the gradient of a token's log pi_theta has the factor
+The share of a token is 1 / (answers * tokens of its answer) in GRPO, and 1 / tokens in DAPO. So the
+derivative of J by a token's log pi_theta is
 
-    own                       share * A * ratio        0 where the clip of PPO acts
-    of a right expert answer  share * A * w * rho      0 where w * rho is above the clip
-    of a wrong expert answer  0, as m is 0
+    token of                dJ / d log pi_theta      but 0 where
+    the policy itself       share * A * ratio        PPO's clip acts
+    a right expert answer   share * A * w * rho      w * rho > 1 + clip_high (as A >= 0)
+    a wrong expert answer   0, as m = 0
 
-rho and w pull in opposite directions. Where the policy lags behind the expert, Delta is large, and
-rho = e^-Delta small. w depends on whether it lags more or less than on average in this answer: with
-beta = 14, w is 0.015, 0.5, 0.985 for Delta~ of -0.3, 0, 0.3. So w cannot lift what rho damps. It
-silences the tokens at which the policy lags less: those that it knows.
+rho = e^-Delta is small where the policy lags behind the expert. w is at most 1, so it cannot make
+up for that. It turns down tokens at which the policy lags less than on average in this answer: with
+beta = 14, w is 0.015, 0.5, 0.985 for Delta~ of -0.3, 0, 0.3. What the policy knows is silenced.
 
 Shapes
     B questions         G answers to a question      N answers in all
@@ -160,7 +160,7 @@ def unified_coefficient(
     sharpness: float | None,
 ) -> Tensor:
     """r~ [N, T]: pi_theta / pi_old, or m * w * rho. For the arguments see tgrl_loss below."""
-    # Padding may hold anything. Where the clamp acts, there is no gradient.
+    # Padding may hold anything, so it is set to 0. The clamp is EasyR1's.
     log_ratio = torch.where(mask.bool(), logp - behavior_logp.detach(), 0).clamp(-20, 20)
     ratio = log_ratio.exp()  # [N, T]  Eq. 17, and the ratio of PPO
     if sharpness is None:
@@ -314,11 +314,10 @@ def set_advantages(group: Group, use_filter: bool):
         if answer.is_expert and use_filter:
             answer.expert_ok = answer.reward == 1  # Eq. 22
 
-    # Do the answers that are not filtered differ? A right expert answer makes a group of wrong ones
-    # worth training on. A filtered one beside right ones does not: all of them would have one and
-    # the same advantage.
-    rewards = {answer.reward for answer in group.answers if answer.expert_ok}
-    group.has_contrast = len(rewards) > 1
+    # Do the answers that are not filtered differ? Wrong answers and a right expert answer do. Right
+    # answers and a filtered expert answer do not: all that has a gradient has the same advantage.
+    unfiltered = {answer.reward for answer in group.answers if answer.expert_ok}
+    group.has_contrast = len(unfiltered) > 1
 
 
 # ===== 3. Log-probs: a group is one row, or a few =================================================
@@ -356,20 +355,6 @@ class Batch(NamedTuple):
     expert_ok: Tensor  # [N]
 
 
-def answers_per_row(group: Group, c1_by_c2: float) -> int:
-    """One row, or several if the answers are long, as attention grows with the square of a row.
-
-    A token costs c1 FLOPs in the weights and c2 * L in attention. So k rows with S answer tokens in
-    all cost k * (c1 * (P + S/k) + c2 * (P + S/k)^2), least at S/k = P * sqrt(c1 / (c2 * P) + 1).
-    """
-    n_prompt = len(group.prompt.ids)
-    n_answers = len(group.answers)
-    n_tokens = sum(len(answer.ids) for answer in group.answers)
-    best_row = n_prompt * math.sqrt(c1_by_c2 / n_prompt + 1)
-    n_rows = max(1, int(n_tokens / best_row))
-    return math.ceil(n_answers / n_rows)
-
-
 def lay_out_row(prompt: Prompt, answers: list[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:
     """-> ids [L], positions [L, 3], segments [L]."""
     # The question stands without its last token, because each answer begins with a copy of it.
@@ -386,24 +371,14 @@ def lay_out_row(prompt: Prompt, answers: list[Trajectory]) -> tuple[Tensor, Tens
     return torch.cat(ids), torch.cat(positions), torch.cat(segments)
 
 
-def pad(rows: Iterable, side: str = "right") -> Tensor:
-    """Rows of different length -> [rows, longest, ...], with 0 at that side."""
-    return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_side=side)
-
-
-def vision_inputs(prompts: list[Prompt]) -> dict:
-    pixels = torch.cat([prompt.pixels for prompt in prompts])
-    grid = torch.cat([prompt.grid for prompt in prompts])
-    return {"pixel_values": pixels, "image_grid_thw": grid}
-
-
 def pack(groups: list[Group], c1_by_c2: float = math.inf) -> Batch:
-    """c1_by_c2 is the policy's, see answers_per_row; by default each group is one row."""
+    """One row for each group; with the policy's c1_by_c2 several rows, where these cost less."""
     # What the policy reads.
     rows = []
     prompts = []
     for group in groups:
-        for answers in batches(group.answers, answers_per_row(group, c1_by_c2)):
+        size = answers_per_row(group, c1_by_c2)  # if answers are long, not all
+        for answers in batches(group.answers, size):
             rows.append(lay_out_row(group.prompt, answers))
             prompts.append(group.prompt)
     ids, positions, segments = zip(*rows, strict=True)
@@ -427,16 +402,6 @@ def pack(groups: list[Group], c1_by_c2: float = math.inf) -> Batch:
     )
 
 
-def embed(model, ids: Tensor, pictures: Iterable[dict]) -> Tensor:
-    """ids [rows, L] -> [rows, L, D]. Pictures, in parts, take the place of their tokens."""
-    features = []
-    for part in pictures:
-        features += model.model.get_image_features(**part, return_dict=True).pooler_output
-    embeds = model.get_input_embeddings()(ids)
-    is_image = ids == model.config.image_token_id
-    return embeds.masked_scatter(is_image[..., None], torch.cat(features).to(embeds))
-
-
 class Policy(nn.Module):
     """A Qwen2.5-VL as log-probs of answers: student, expert and reference alike."""
 
@@ -445,10 +410,7 @@ class Policy(nn.Module):
         model.set_attn_implementation("sdpa")  # flash attention would ignore the mask of `forward`
         self.model = model
         self.unwritable = unwritable
-        # Of a layer: 2 FLOPs for each weight, and 4 * D for each pair of tokens.
-        layer = model.model.language_model.layers[0]
-        n_weights = sum(p.numel() for p in layer.parameters())
-        self.c1_by_c2 = n_weights / (2 * model.config.text_config.hidden_size)
+        self.c1_by_c2 = flops_ratio(model)
 
     def token_logp(self, hidden: Tensor, target: Tensor) -> Tensor:
         """hidden [tokens, D], target [tokens] -> [tokens], in float32."""
@@ -477,7 +439,9 @@ class Policy(nn.Module):
         logp = []
         for some_hidden, some_target in zip(hidden.split(1024), target.split(1024), strict=True):
             logp.append(checkpoint(self.token_logp, some_hidden, some_target, use_reentrant=False))
-        logp = torch.cat(logp).to(batch.mask.device)
+        logp = torch.cat(logp).to(batch.mask.device)  # [tokens]
+
+        # Back to [N, T]: the first of them to the first True of the mask, and so on.
         return torch.zeros_like(batch.behavior_logp).masked_scatter(batch.mask, logp)
 
 
@@ -517,7 +481,7 @@ def draw_groups(
     n_processes = accelerator.num_processes
     quota = options.questions_per_rollout // n_processes
     chosen = []
-    others = []  # whose answers do not differ
+    spare = []  # without contrast
     metrics = []
     n_drawn = 0  # questions, on all processes
     n_questions = quota  # to draw next, on each process
@@ -527,31 +491,26 @@ def draw_groups(
         progress["n_drawn"] += n_processes * n_questions
         n_drawn += n_processes * n_questions
 
-        # Form the groups, and choose those whose answers differ.
-        groups = rollout(actor, encoder, questions, n=options.n_on, progress=show)  # Eq. 3, 13
+        # Form the groups, and choose those with contrast.
+        groups = rollout(actor, encoder, questions, n=options.n_on, show=show)  # Eq. 3, 13
         experts, expert_metrics = find_experts(actor, encoder, groups)  # Eq. 13
         for group, expert_answers in zip(groups, experts, strict=True):
             group.answers += expert_answers  # Eq. 14
             set_advantages(group, options.filter)  # Eq. 15, 16, 22
             if group.has_contrast:
                 chosen.append(group)
-            elif len(others) < quota:
-                others.append(group)
+            elif len(spare) < quota:
+                spare.append(group)
         metrics += [group_metrics(groups), expert_metrics]
 
-        # Is that enough? All processes decide alike, from the numbers of all.
-        n_chosen = gather_object([len(chosen)])
-        missing = quota - min(n_chosen)
-        if missing <= 0:
+        # Draw again? All processes decide alike, from the numbers of all.
+        n_questions = questions_to_draw(quota, gather_object([len(chosen)]), n_drawn)
+        if n_questions == 0:
             break
 
-        # Next draw as many as the process that lacks most is likely to need.
-        rate = sum(n_chosen) / n_drawn
-        n_questions = quota if rate == 0 else min(quota, math.ceil(missing / rate))
-
     # Each process needs its quota, as all make the same number of forward passes: a surplus is
-    # dropped, and a gap is filled with others. GRPO draws once, so it takes all groups.
-    return (chosen + others)[:quota], metrics
+    # dropped, and a gap is filled with spare ones. GRPO draws once, so it takes all groups.
+    return (chosen + spare)[:quota], metrics
 
 
 # As long as its pseudocode, hence with more branches than ruff would have it.
@@ -602,7 +561,7 @@ def train(options: Train, find_experts: FindExperts | None = None) -> dict:  # n
         fused=accelerator.device.type == "cuda",
     )
 
-    # The newest checkpoint. Random numbers need none: each step seeds them.
+    # The newest checkpoint. It holds no random state, as each step sets its seed.
     progress = {"step": 0, "n_drawn": 0, "generate_batch": options.generate_batch}
     if options.resume and newest_checkpoint(out):
         load_checkpoint(newest_checkpoint(out), policy, optimizer, progress, accelerator)
@@ -675,7 +634,7 @@ def train(options: Train, find_experts: FindExperts | None = None) -> dict:  # n
                 batch = send_to_device(pack(micro_batch, policy.c1_by_c2), accelerator.device)
                 logp = policy(batch)  # [N, T], with gradient
 
-                # log pi_phi for experts; log pi_old for own answers, which with one update is logp.
+                # log pi_phi for experts, log pi_old for own answers: in the only update it is logp.
                 behavior_logp = batch.behavior_logp
                 if n_updates == 1:
                     is_expert = batch.is_expert[:, None]
@@ -702,7 +661,7 @@ def train(options: Train, find_experts: FindExperts | None = None) -> dict:  # n
                 )
                 (loss * n_processes).backward()  # FSDP averages gradients over processes
                 metrics.append(totals)
-                remember(micro_batch, logp, behavior_logp)
+                remember(micro_batch, logp, behavior_logp)  # for groups.jsonl
 
             # Clip as EasyR1. A gradient of 0 is no step: only momentum and weight decay would act.
             norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm=1.0)
@@ -863,198 +822,7 @@ class Train(Options):
                 say(f"--{name} is {value!r} from now on; it was {before!r}")
 
 
-# ===== 6. The reward: is the boxed answer right?   Eq. 3 ==========================================
-# Equal as text, or the same letter, or the same by math-verify. Unequal on purpose: lists in
-# another order; 12 cm and 12 centimeters; 7.07 and 5\sqrt{2} ≈ 7.07, of which the exact side
-# counts.
-
-LOOKS = {  # how it may be written -> what is compared
-    "\\left": "",
-    "\\right": "",
-    "\\angle": "",
-    "\\,": "",
-    "\\;": "",
-    "\\!": "",
-    "\\(": "",
-    "\\)": "",
-    "\\[": "",
-    "\\]": "",
-    "\\%": "",
-    "%": "",
-    "\\$": "",
-    "$": "",
-    "∠": "",
-    "~": " ",
-    "√": "\\sqrt",
-    "π": "\\pi ",
-    "∞": "\\infty ",
-    "×": "\\times ",
-    "−": "-",
-    "²": "^2",
-    "³": "^3",
-    "\\approx": "≈",
-}
-UNITS = (
-    "[ckm]?m|in|inch|inches|ft|feet|foot|yd|yards?|mi|miles?|[km]?g|pounds?|m?[lL]|units?|dollars?"
-    "|(?:centi|kilo|milli)?meters?|(?:kilo)?grams?|liters?|s|sec|seconds?|min|minutes?|h|hr|hours?"
-    "|days?|weeks?|years?|(?:square|sq\\.?|cubic) [a-z]+|[a-z]+ per [a-z]+|mph|m/s|km/h"
-)
-VALUE_AND_UNIT = rf"(.*(?:[\d)}}]|\\pi))( ?)((?:{UNITS})(?: ?\^ ?\{{?[23]\}}?)?)"  # 5 cm^2
-NAME = r"^[A-Za-z\\][A-Za-z\\_{} ()]*\d?\}? ?[=≈]"  # m\widehat{AB} =, x_1 =
-DEGREES = r"\^?\s*\{?\s*(?:\\circ|\\degree|[°º˚])\s*\}?|\bdegrees?\b"
-CHAIN = r"[\d.]+(?: ?(?:[-:&x]|\\times) ?[\d.]+)+"  # 5-3-2, 3:4, 4 \times 6
-NO_FORMULA = r"\d \d|\)\d|&"  # 3 4, (1)2, 2 & 3
-NO_FORMULA += r"|[\w)}] ?[-+]? ?\\infty|\\infty ?[\w+*/^-]"  # sympy decides on 2 - \infty by chance
-LATEX = dict(
-    is_real=True,
-    conversion_config=ConversionConfig(lowercase_symbols=False),
-    normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"),
-)
-math_verify.grader.logger.disabled = True  # it would warn that the timeout is ours
-# sympy can spend hours in C code on 9^{9^{9^9}}, so formulas are compared in a process that can be
-# killed. It comes from a server that has loaded this file and no threads, so that a new one takes
-# 0.1 s.
-grading_context = multiprocessing.get_context("forkserver")
-grading_context.set_forkserver_preload([Path(__file__).stem])
-grading_process = pebble.ProcessPool(max_workers=1, context=grading_context)
-grader_errors = collections.Counter()  # why answers could not be graded -> how many
-# What an answer can do to it; any other error is the process pool's own.
-UNGRADED = (TimeoutError, pebble.ProcessExpired, RecursionError, MemoryError, ValueError, TypeError)
-
-
-def extract_boxed(text: str) -> str | None:
-    """The content of the last \\boxed{...}, up to the brace that closes it, or None."""
-    _, command, content = text.rpartition("\\boxed")
-    content = content.lstrip()
-    if not command or not content.startswith("{"):
-        return None
-
-    # An escaped brace, as in \{1, 2\}, is no brace.
-    braces = content
-    for escaped in ("\\\\", "\\{", "\\}"):
-        braces = braces.replace(escaped, "  ")
-    depth = 0
-    for place, character in enumerate(braces):
-        if character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-        if depth == 0:
-            return content[1:place].strip()
-    return None
-
-
-def plain(text: str) -> str:
-    """An answer without what LaTeX and habit add to its look."""
-    for written, compared in LOOKS.items():
-        text = text.replace(written, compared)
-    text = re.sub(r"\\(?:text|math)[a-z]*\s*\{([^{}]*)\}", r" \1 ", text)  # \text{cm}
-    text = re.sub(DEGREES, " ", text)  # 60^{\circ}
-    if not text.startswith(("(", "[", "{", "\\{")):
-        text = re.sub(r"(?<=\d)(?:\{,\}|,)(?=\d{3}(?!\d))", "", text)  # 10,000
-    text = re.sub(r"\\sqrt\s*(\d+|\([^()]*\))", r"\\sqrt{\1}", text)  # √3, √(x + 1)
-    text = re.sub(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi ", text)
-    return " ".join(text.split()).lstrip("=≈ ").rstrip(". ")
-
-
-def value_and_unit(text: str) -> tuple[str, str]:
-    found = re.fullmatch(VALUE_AND_UNIT, text)
-    if not found:
-        return text, ""
-    value, space, unit = found.groups()
-    if len(unit) == 1 and not space:
-        return text, ""  # 2h is a product, 2 h are hours
-    return value, re.sub("[ {}]", "", unit)
-
-
-def is_letter(prediction: str, letter: str) -> bool:
-    """B, (B), "B. 60" or "B) edge" for B, but not "A. B" or "A, C" for A."""
-    if prediction.strip("()").lower() == letter.lower():
-        return True
-    found = re.fullmatch(rf"\(?{letter}(?:\)[.:]?|[.:])(.*)", prediction)
-    return bool(found) and not re.fullmatch(r"[A-H\W]+", found[1])
-
-
-def words_of(text: str) -> list[str]:
-    """Words and products of variables, but no commands: AB, increases, not \\sin."""
-    return sorted(re.findall(r"(?<![\\a-z])[a-z]{2,}", text.lower()))
-
-
-def same_formula(prediction: str, answer: str) -> bool:
-    """By math-verify."""
-    formulas = []
-    for text in (answer, prediction):
-        if "," in text and not text.startswith(("(", "[", "{", "\\")):
-            text = f"({text})"  # a list is a tuple: 3, 4 is not 4, 3
-        formulas.append(latex2sympy(text, **LATEX))
-    return bool(math_verify.verify(formulas[0], formulas[1], timeout_seconds=None))
-
-
-def same(prediction: str, answer: str) -> bool:
-    """Do two answers mean the same? It runs in the grading process."""
-    prediction = plain(prediction)
-    answer = plain(answer)
-    if re.fullmatch(r"\(?[A-H]\)?", answer):
-        return is_letter(prediction, answer.strip("()"))
-
-    # An option's letter where its value is asked: "B. 60" for 60.
-    prediction = re.sub(r"^(?:\([A-H]\)|[A-H][.:)]) ", "", prediction)
-
-    # A name that only one of the two gives: x = 5 for 5. Of 5√2 ≈ 7.07 the exact side counts.
-    if ("=" in prediction) != ("=" in answer) or ("≈" in prediction) != ("≈" in answer):
-        prediction = re.sub(NAME, "", prediction)
-        answer = re.sub(NAME, "", answer)
-    prediction = prediction.split("≈")[0].strip()
-    answer = answer.split("≈")[0].strip()
-    if ("=" in prediction) != ("=" in answer):
-        return False
-
-    # Of two units one may be missing.
-    prediction, unit = value_and_unit(prediction)
-    answer, other_unit = value_and_unit(answer)
-    if unit and other_unit and unit != other_unit:
-        return False
-
-    # Equal as text, but for spaces. Those between numbers count, as 3 4 is not 34.
-    prediction = re.sub(r"(?<!\d) | (?!\d)", "", prediction)
-    answer = re.sub(r"(?<!\d) | (?!\d)", "", answer)
-    if prediction.lower() == answer.lower():
-        return answer != ""
-
-    # Where words stand, they must be equal: increases is not decreases.
-    if words_of(prediction) != words_of(answer):
-        return False
-
-    # Equal as formulas.
-    for text in (prediction, answer):
-        if text == "" or re.fullmatch(CHAIN, text) or re.search(NO_FORMULA, text):
-            return False  # these are none
-    try:
-        return same_formula(prediction, answer)
-    except Exception:  # it is no mathematics
-        return False
-
-
-def is_equivalent(prediction: str, answer: str) -> bool:
-    """Do the two mean the same? A timeout or a crash is counted, and is no."""
-    if max(len(prediction), len(answer)) > 400:  # nothing longer is compared as mathematics
-        return prediction.strip() == answer.strip() != ""
-    try:
-        return grading_process.schedule(same, (prediction, answer), timeout=2).result()
-    except UNGRADED as error:
-        grader_errors[type(error).__name__] += 1
-        return False
-
-
-def reward(response: str, answer: str) -> float:
-    """R = 1 if the last boxed expression of the response is equivalent to the answer, else 0."""
-    boxed = extract_boxed(response)
-    if boxed is None:
-        return 0.0
-    return float(is_equivalent(boxed, answer))  # Eq. 3
-
-
-# ===== 7. Questions and prompts: a row of a data set -> Problem -> Prompt =========================
+# ===== 6. Questions and prompts: a row of a data set -> Problem -> Prompt =========================
 
 # Else the tokenizer warns when another process is started; and lengths change all the time.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -1290,7 +1058,28 @@ def questions_from(problems: list[Problem], seed: int, first: int, n: int) -> li
     return drawn
 
 
-# ===== 8. Rollouts: answers by Hugging Face generate, graded ======================================
+# ===== 7. Rollouts: answers by Hugging Face generate, graded ======================================
+
+
+def pad(rows: Iterable, side: str = "right") -> Tensor:
+    """Rows of different length -> [rows, longest, ...], with 0 at that side."""
+    return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_side=side)
+
+
+def vision_inputs(prompts: list[Prompt]) -> dict:
+    pixels = torch.cat([prompt.pixels for prompt in prompts])
+    grid = torch.cat([prompt.grid for prompt in prompts])
+    return {"pixel_values": pixels, "image_grid_thw": grid}
+
+
+def embed(model, ids: Tensor, pictures: Iterable[dict]) -> Tensor:
+    """ids [rows, L] -> [rows, L, D]. Pictures, in parts, take the place of their tokens."""
+    features = []
+    for part in pictures:
+        features += model.model.get_image_features(**part, return_dict=True).pooler_output
+    embeds = model.get_input_embeddings()(ids)
+    is_image = ids == model.config.image_token_id
+    return embeds.masked_scatter(is_image[..., None], torch.cat(features).to(embeds))
 
 
 class RoomyLayer(DynamicLayer):
@@ -1307,7 +1096,7 @@ class RoomyLayer(DynamicLayer):
         """Repeat each question's keys and values for its answers, and leave room behind them."""
         self.n_filled = self.get_seq_length()
         self.room = []
-        for filled in (self.keys, self.values):  # [B, heads, P, D]
+        for filled in (self.keys, self.values):  # [B, heads, P - 1, size of a head]
             rows, heads, _, size = filled.shape
             room = filled.new_empty(rows * n_answers, heads, self.n_filled + n_tokens, size)
             room[:, :, : self.n_filled] = filled.repeat_interleave(n_answers, dim=0)
@@ -1393,7 +1182,7 @@ def sample(
     prompts: list[Prompt],
     n: int,
     temperature: float = 1.0,
-    progress: Callable[[int, int], None] | None = None,
+    show: Callable[[int, int], None] | None = None,
 ) -> list[list[list[int]]]:
     """n answers to each prompt, as many at once as memory holds.
 
@@ -1407,8 +1196,8 @@ def sample(
         torch.manual_seed(seed + len(answers))  # the same for a second try
         n_prompts = max(1, options.generate_batch // n)
         part = prompts[len(answers) : len(answers) + n_prompts]
-        if progress:
-            progress(len(answers), len(prompts))
+        if show:
+            show(len(answers), len(prompts))
 
         try:
             answers += sample_batch(actor, encoder, part, n, temperature)
@@ -1443,11 +1232,11 @@ def rollout(
     problems: list[Problem],
     n: int,
     temperature: float = 1.0,
-    progress: Callable[[int, int], None] | None = None,
+    show: Callable[[int, int], None] | None = None,
 ) -> list[Group]:
     """n graded answers to each question."""
     prompts = [encoder(problem) for problem in problems]
-    sampled = sample(actor, encoder, prompts, n, temperature, progress)
+    sampled = sample(actor, encoder, prompts, n, temperature, show)
     groups = []
     for problem, prompt, answers in zip(problems, prompts, sampled, strict=True):
         groups.append(Group(problem, prompt, [grade(ids, problem, encoder) for ids in answers]))
@@ -1463,7 +1252,7 @@ def greedy_accuracy(actor, encoder: Encoder, problems: list[Problem]) -> tuple[f
     return n_right, len(problems)
 
 
-# ===== 9. Experts: answers of a stronger model, cached with their log-probs under that model ======
+# ===== 8. Experts: answers of a stronger model, cached with their log-probs under that model ======
 # The cache is JSONL, an answer a line, right or wrong. A question is known by a hash of its
 # pictures, its right answer and its prompt's tokens, so that an answer is taken only where the
 # prompt is the same.
@@ -1610,7 +1399,7 @@ def make_experts(options: Experts):
     read_cache(path, problems)
 
 
-# ===== 10. Processes, sharding, checkpoints =======================================================
+# ===== 9. Processes, sharding, checkpoints ========================================================
 
 
 def start_processes(log_with: str = "", out: str | None = None) -> tuple[Accelerator, torch.dtype]:
@@ -1717,7 +1506,28 @@ def export_model(folder: Path, actor, encoder: Encoder):
     encoder.processor.save_pretrained(folder)
 
 
-# ===== 11. Counting and telling ===================================================================
+# ===== 10. Counting and logging ===================================================================
+
+
+def answers_per_row(group: Group, c1_by_c2: float) -> int:
+    """All in one row; but for long answers several rows, as attention grows with a row's square.
+
+    A token costs c1 FLOPs in the weights and c2 * L in attention. So k rows with S answer tokens in
+    all cost k * (c1 * (P + S/k) + c2 * (P + S/k)^2), least at S/k = P * sqrt(c1 / (c2 * P) + 1).
+    """
+    n_prompt = len(group.prompt.ids)
+    n_answers = len(group.answers)
+    n_tokens = sum(len(answer.ids) for answer in group.answers)
+    best_row = n_prompt * math.sqrt(c1_by_c2 / n_prompt + 1)
+    n_rows = max(1, int(n_tokens / best_row))
+    return math.ceil(n_answers / n_rows)
+
+
+def flops_ratio(model) -> float:
+    """c1 / c2 of answers_per_row, of a layer: 2 FLOPs a weight, 4 * D for each pair of tokens."""
+    layer = model.model.language_model.layers[0]
+    n_weights = sum(p.numel() for p in layer.parameters())
+    return n_weights / (2 * model.config.text_config.hidden_size)
 
 
 def count_answers(groups: list[Group], accelerator: Accelerator) -> list[int]:
@@ -1728,6 +1538,20 @@ def count_answers(groups: list[Group], accelerator: Accelerator) -> list[int]:
     n_own_tokens = sum(len(answer.ids) for answer in own)
     counts = torch.tensor([len(answers), n_tokens, len(own), n_own_tokens])
     return accelerator.reduce(counts.to(accelerator.device), reduction="sum").tolist()
+
+
+def questions_to_draw(quota: int, n_chosen: list[int], n_drawn: int) -> int:
+    """How many more the process that lacks most groups is likely to need; at most the quota.
+
+    n_chosen are the groups that each process has, from n_drawn questions in all.
+    """
+    missing = quota - min(n_chosen)
+    rate = sum(n_chosen) / n_drawn  # groups from a question
+    if missing <= 0:
+        return 0
+    if rate == 0:
+        return quota
+    return min(quota, math.ceil(missing / rate))
 
 
 def group_metrics(groups: list[Group]) -> dict:
@@ -1783,6 +1607,199 @@ def kept_group(group: Group, step: int, encoder: Encoder) -> dict:
 def summary(means: dict[str, float]) -> str:
     names = "accuracy reward expert_reward contrast truncated entropy grad_norm seconds"
     return "  ".join(f"{name} {means[name]:.3g}" for name in names.split() if name in means)
+
+
+# ===== 11. The reward: is the boxed answer right?   Eq. 3 =========================================
+# reward(response, answer) is 1.0 if the last \boxed{...} of the response means the same as the
+# answer: it has the same text, or names the same option, or math-verify finds the formulas equal.
+# Unequal on purpose: lists in another order; 12 cm and 12 centimeters; 7.07 and 5\sqrt{2} ≈ 7.07,
+# of which the exact side counts.
+
+LOOKS = {  # how it may be written -> what is compared
+    "\\left": "",
+    "\\right": "",
+    "\\angle": "",
+    "\\,": "",
+    "\\;": "",
+    "\\!": "",
+    "\\(": "",
+    "\\)": "",
+    "\\[": "",
+    "\\]": "",
+    "\\%": "",
+    "%": "",
+    "\\$": "",
+    "$": "",
+    "∠": "",
+    "~": " ",
+    "√": "\\sqrt",
+    "π": "\\pi ",
+    "∞": "\\infty ",
+    "×": "\\times ",
+    "−": "-",
+    "²": "^2",
+    "³": "^3",
+    "\\approx": "≈",
+}
+UNITS = (
+    "[ckm]?m|in|inch|inches|ft|feet|foot|yd|yards?|mi|miles?|[km]?g|pounds?|m?[lL]|units?|dollars?"
+    "|(?:centi|kilo|milli)?meters?|(?:kilo)?grams?|liters?|s|sec|seconds?|min|minutes?|h|hr|hours?"
+    "|days?|weeks?|years?|(?:square|sq\\.?|cubic) [a-z]+|[a-z]+ per [a-z]+|mph|m/s|km/h"
+)
+VALUE_AND_UNIT = rf"(.*(?:[\d)}}]|\\pi))( ?)((?:{UNITS})(?: ?\^ ?\{{?[23]\}}?)?)"  # 5 cm^2
+NAME = r"^[A-Za-z\\][A-Za-z\\_{} ()]*\d?\}? ?[=≈]"  # m\widehat{AB} =, x_1 =
+DEGREE = r"(?:\\circ|\\degree|[°º˚])"
+DEGREES = rf"\^?\s*(?:\{{\s*{DEGREE}\s*\}}|{DEGREE})|\bdegrees?\b"  # 60^{\circ}
+CHAIN = r"[\d.]+(?: ?(?:[-:&x]|\\times) ?[\d.]+)+"  # 5-3-2, 3:4, 4 \times 6
+NO_FORMULA = r"\d \d|\)\d|&"  # 3 4, (1)2, 2 & 3
+NO_FORMULA += r"|[\w)}] ?[-+]? ?\\infty|\\infty ?[\w+*/^-]"  # sympy decides on 2 - \infty by chance
+LATEX = dict(
+    is_real=True,
+    conversion_config=ConversionConfig(lowercase_symbols=False),
+    normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"),
+)
+math_verify.grader.logger.disabled = True  # it would warn that the timeout is ours
+# sympy can spend hours in C code on 9^{9^{9^9}}, so formulas are compared in a process that can be
+# killed. It comes from a server that has loaded this file and no threads, so that a new one takes
+# 0.1 s.
+grading_context = multiprocessing.get_context("forkserver")
+grading_context.set_forkserver_preload([Path(__file__).stem])
+grading_process = pebble.ProcessPool(max_workers=1, context=grading_context)
+grader_errors = collections.Counter()  # why answers could not be graded -> how many
+# What an answer can do to it; any other error is the process pool's own.
+UNGRADED = (TimeoutError, pebble.ProcessExpired, RecursionError, MemoryError, ValueError, TypeError)
+
+
+def extract_boxed(text: str) -> str | None:
+    """The content of the last \\boxed{...}, up to the brace that closes it, or None."""
+    _, command, content = text.rpartition("\\boxed")
+    content = content.lstrip()
+    if not command or not content.startswith("{"):
+        return None
+
+    # An escaped brace, as in \{1, 2\}, is no brace.
+    braces = content
+    for escaped in ("\\\\", "\\{", "\\}"):
+        braces = braces.replace(escaped, "  ")
+    depth = 0
+    for place, character in enumerate(braces):
+        if character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+        if depth == 0:
+            return content[1:place].strip()
+    return None
+
+
+def plain(text: str) -> str:
+    """An answer without what LaTeX and habit add to its look."""
+    for written, compared in LOOKS.items():
+        text = text.replace(written, compared)
+    text = re.sub(r"\\(?:text|math)[a-z]*\s*\{([^{}]*)\}", r" \1 ", text)  # \text{cm}
+    text = re.sub(DEGREES, " ", text)
+    if not text.startswith(("(", "[", "{", "\\{")):
+        text = re.sub(r"(?<=\d)(?:\{,\}|,)(?=\d{3}(?!\d))", "", text)  # 10,000
+    text = re.sub(r"\\sqrt\s*(\d+|\([^()]*\))", r"\\sqrt{\1}", text)  # √3, √(x + 1)
+    text = re.sub(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi ", text)
+    return " ".join(text.split()).lstrip("=≈ ").rstrip(". ")
+
+
+def value_and_unit(text: str) -> tuple[str, str]:
+    found = re.fullmatch(VALUE_AND_UNIT, text)
+    if not found:
+        return text, ""
+    value, space, unit = found.groups()
+    if len(unit) == 1 and not space:
+        return text, ""  # 2h is a product, 2 h are hours
+    return value, re.sub("[ {}]", "", unit)
+
+
+def is_letter(prediction: str, letter: str) -> bool:
+    """B, (B), "B. 60" or "B) edge" for B, but not "A. B" or "A, C" for A."""
+    if prediction.strip("()").lower() == letter.lower():
+        return True
+    found = re.fullmatch(rf"\(?{letter}(?:\)[.:]?|[.:])(.*)", prediction)
+    return bool(found) and not re.fullmatch(r"\W*[A-H](?:\W+[A-H])*\W*", found[1])
+
+
+def words_of(text: str) -> list[str]:
+    """Words and products of variables, but no commands: AB, increases, not \\sin."""
+    return sorted(re.findall(r"(?<![\\a-z])[a-z]{2,}", text.lower()))
+
+
+def same_formula(prediction: str, answer: str) -> bool:
+    """By math-verify."""
+    formulas = []
+    for text in (answer, prediction):
+        if "," in text and not text.startswith(("(", "[", "{", "\\")):
+            text = f"({text})"  # a list is a tuple: 3, 4 is not 4, 3
+        formulas.append(latex2sympy(text, **LATEX))
+    return bool(math_verify.verify(formulas[0], formulas[1], timeout_seconds=None))
+
+
+def same(prediction: str, answer: str) -> bool:
+    """Do two answers mean the same? It runs in the grading process."""
+    prediction = plain(prediction)
+    answer = plain(answer)
+    if re.fullmatch(r"\(?[A-H]\)?", answer):
+        return is_letter(prediction, answer.strip("()"))
+
+    # An option's letter where its value is asked: "B. 60" for 60.
+    prediction = re.sub(r"^(?:\([A-H]\)|[A-H][.:)]) ", "", prediction)
+
+    # A name that only one of the two gives: x = 5 for 5. Of 5√2 ≈ 7.07 the exact side counts.
+    if ("=" in prediction) != ("=" in answer) or ("≈" in prediction) != ("≈" in answer):
+        prediction = re.sub(NAME, "", prediction)
+        answer = re.sub(NAME, "", answer)
+    prediction = prediction.split("≈")[0].strip()
+    answer = answer.split("≈")[0].strip()
+    if ("=" in prediction) != ("=" in answer):
+        return False
+
+    # Of two units one may be missing.
+    prediction, unit = value_and_unit(prediction)
+    answer, other_unit = value_and_unit(answer)
+    if unit and other_unit and unit != other_unit:
+        return False
+
+    # Equal as text, but for spaces. Those between numbers count, as 3 4 is not 34.
+    prediction = re.sub(r"(?<!\d) | (?!\d)", "", prediction)
+    answer = re.sub(r"(?<!\d) | (?!\d)", "", answer)
+    if prediction.lower() == answer.lower():
+        return answer != ""
+
+    # Where words stand, they must be equal: increases is not decreases.
+    if words_of(prediction) != words_of(answer):
+        return False
+
+    # Equal as formulas.
+    for text in (prediction, answer):
+        if text == "" or re.fullmatch(CHAIN, text) or re.search(NO_FORMULA, text):
+            return False  # these are none
+    try:
+        return same_formula(prediction, answer)
+    except Exception:  # it is no mathematics
+        return False
+
+
+def is_equivalent(prediction: str, answer: str) -> bool:
+    """Do the two mean the same? A timeout or a crash is counted, and is no."""
+    if max(len(prediction), len(answer)) > 400:  # nothing longer is compared as mathematics
+        return prediction.strip() == answer.strip() != ""
+    try:
+        return grading_process.schedule(same, (prediction, answer), timeout=2).result()
+    except UNGRADED as error:
+        grader_errors[type(error).__name__] += 1
+        return False
+
+
+def reward(response: str, answer: str) -> float:
+    """R = 1 if the last boxed expression of the response is equivalent to the answer, else 0."""
+    boxed = extract_boxed(response)
+    if boxed is None:
+        return 0.0
+    return float(is_equivalent(boxed, answer))  # Eq. 3
 
 
 # ===== 12. Experts of its own, after IVR-R1 (arXiv 2605.23997), written from its abstract =========
