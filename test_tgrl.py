@@ -1141,10 +1141,10 @@ def test_an_answer_ends_with_its_first_end_token_be_it_padding_or_not(world, mon
 # ===== Log-probs: a group is one row ==================================================================
 
 
-@pytest.mark.parametrize("c1_by_c2, more", [(math.inf, 0), (-12.0, 1)])
-def test_a_group_in_one_row_or_several_equals_separate_rows(world, c1_by_c2, more):
+@pytest.mark.parametrize("cost_ratio, more", [(math.inf, 0), (-12.0, 1)])
+def test_a_group_in_one_row_or_several_equals_separate_rows(world, cost_ratio, more):
     groups = make_groups(world.encoder)
-    batch = tgrl.pack(groups, c1_by_c2=c1_by_c2)
+    batch = tgrl.pack(groups, cost_ratio=cost_ratio)
     assert len(batch.ids) == len(groups) + more
     weight = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(0)) * batch.mask
     world.model.zero_grad()

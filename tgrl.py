@@ -18,24 +18,23 @@ a stronger model, the expert. The method, as the function `train` goes through i
                 R = 1 if the boxed answer is right, else 0                         Eq. 3
                 A = (R - mean R) / std R, over the whole group                     Eq. 15, 16
                 m = 1 for a right expert answer, 0 for a wrong one (the filter)    Eq. 22
-                choose the group if the answers that are not filtered differ in R
+                choose the group if its unfiltered answers differ in R
         fill up with other groups, if too few are chosen
-        compute log pi_old with the policy as it is now (if the step has one update: see below)
+        compute log pi_old with the policy as it is now
         for each update, on its part of the groups:
             compute log pi_theta of every answer token, with gradient
-            (in the only update of a step log pi_old is this log pi_theta, without gradient)
             ratio = pi_theta / pi_old, for the policy's own tokens                 Eq. 2, 4
             rho = pi_theta / pi_phi, for the expert's tokens                       Eq. 17
             Delta = log pi_phi - log pi_theta                                      Eq. 18
             Delta~ = (Delta - mean Delta) / std Delta, within the expert answer    Eq. 19
             w = sigmoid(beta * Delta~), without gradient                           Eq. 20
             r~ = ratio for own tokens, m * w * rho for the expert's                Eq. 21, 23
+            share = 1 / (answers * tokens of the answer); in DAPO 1 / all tokens   Eq. 24, 25
             J = sum of share * min(r~ A, clip(r~) A); GRPO subtracts a KL          Eq. 24, 25
             take a step of AdamW
         give the policy's weights to the actor
 
-The share of a token is 1 / (answers * tokens of its answer) in GRPO, and 1 / tokens in DAPO. So the
-derivative of J by a token's log pi_theta is
+So the derivative of J by a token's log pi_theta is
 
     token of                dJ / d log pi_theta      but 0 where
     the policy itself       share * A * ratio        PPO's clip acts
@@ -43,8 +42,8 @@ derivative of J by a token's log pi_theta is
     a wrong expert answer   0, as m = 0
 
 rho = e^-Delta is small where the policy lags behind the expert. w is at most 1, so it cannot make
-up for that. It turns down tokens at which the policy lags less than on average in this answer: with
-beta = 14, w is 0.015, 0.5, 0.985 for Delta~ of -0.3, 0, 0.3. What the policy knows is silenced.
+up for that. It turns down the tokens at which the policy lags less than on average in this answer:
+with beta = 14, w is 0.015, 0.5, 0.985 for Delta~ of -0.3, 0, 0.3.
 
 Shapes
     B questions         G answers to a question      N answers in all
@@ -65,7 +64,7 @@ What the paper leaves open, and what is done here (reasons in README.md)
     std in Eq. 15 and 19        over n - 1, plus 1e-6
     a wrong expert answer       counts in mean, std and shares; m = 0 takes its gradient away
     KL                          the k3 estimator, averaged over the policy's own answers
-    averages of Eq. 24, 25      over the whole update, on all processes
+    shares of Eq. 24, 25        of the whole update, on all processes
     clip                        0.2 in GRPO, 0.2 and 0.28 in DAPO; log ratios are cut at 20 [EasyR1]
     pi_old                      not the sampler's log-probs, which rounding makes slightly different
 """
@@ -167,8 +166,8 @@ def unified_coefficient(
         w = 1.0  # no reweighting
     else:
         w = expert_weights(logp, behavior_logp, mask, sharpness)  # [N, T]  Eq. 18-20
-    f = ratio * w  # Eq. 21
-    m = expert_ok[:, None].to(f.dtype)  # [N, 1]  Eq. 22
+    m = expert_ok[:, None].to(ratio.dtype)  # [N, 1]  Eq. 22
+    f = w * ratio  # [N, T]  Eq. 21; it is used for expert tokens alone
     return torch.where(is_expert[:, None], m * f, ratio)  # Eq. 23
 
 
@@ -215,8 +214,8 @@ def tgrl_loss(
     """-> (loss, metrics). Without expert answers this is GRPO (Eq. 2) or DAPO (Eq. 4) exactly.
 
     A metric is a pair (sum, count); pairs add up over micro-batches and processes. Metrics leave
-    out filtered expert answers. In the loss these are a constant: r~ = 0 and A <= 0, so that
-    min(r~ A, clip(r~) A) = (1 - clip_low) A.
+    out filtered expert answers. These have r~ = 0, and the lowest reward of their group, so A <= 0:
+    min(r~ A, clip(r~) A) is the constant (1 - clip_low) A.
     """
     assert mask.shape == logp.shape == behavior_logp.shape == shares.shape, "each of them is [N, T]"
     mask = mask.bool()
@@ -245,7 +244,7 @@ def tgrl_loss(
     if kl_coef:
         if ref_logp is None:
             raise ValueError("kl_coef needs ref_logp, the log-probs of the reference")
-        if kl_shares is None:
+        if kl_shares is None:  # where an update is not split
             # The own answers' part of the shares, made to add up to 1.
             kl_shares = shares * is_own
             kl_shares = kl_shares / kl_shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
@@ -314,8 +313,8 @@ def set_advantages(group: Group, use_filter: bool):
         if answer.is_expert and use_filter:
             answer.expert_ok = answer.reward == 1  # Eq. 22
 
-    # Do the answers that are not filtered differ? Wrong answers and a right expert answer do. Right
-    # answers and a filtered expert answer do not: all that has a gradient has the same advantage.
+    # Contrast: do the unfiltered answers differ? Rewards 0 0 0 of the policy and 1 of the expert
+    # do. 1 1 1 and 0 do not, as the 0 is filtered: what is left has one and the same advantage.
     unfiltered = {answer.reward for answer in group.answers if answer.expert_ok}
     group.has_contrast = len(unfiltered) > 1
 
@@ -345,7 +344,7 @@ class Batch(NamedTuple):
 
     ids: Tensor  # [rows, L]
     positions: Tensor  # [rows, L, 3]
-    segments: Tensor  # [rows, L] 0: question; or padding at the end, where nothing sees it
+    segments: Tensor  # [rows, L] 0: question, 1 to G: answers; padding is 0, too, and stands last
     vision: dict
     target: Tensor  # [N, T] the answers' tokens
     mask: Tensor  # [N, T] True: an answer token, the end token included
@@ -371,13 +370,13 @@ def lay_out_row(prompt: Prompt, answers: list[Trajectory]) -> tuple[Tensor, Tens
     return torch.cat(ids), torch.cat(positions), torch.cat(segments)
 
 
-def pack(groups: list[Group], c1_by_c2: float = math.inf) -> Batch:
-    """One row for each group; with the policy's c1_by_c2 several rows, where these cost less."""
+def pack(groups: list[Group], cost_ratio: float = math.inf) -> Batch:
+    """One row for each group; with the policy's cost_ratio several rows, where these cost less."""
     # What the policy reads.
     rows = []
     prompts = []
     for group in groups:
-        size = answers_per_row(group, c1_by_c2)  # if answers are long, not all
+        size = answers_per_row(group, cost_ratio)  # if answers are long, not all
         for answers in batches(group.answers, size):
             rows.append(lay_out_row(group.prompt, answers))
             prompts.append(group.prompt)
@@ -410,7 +409,7 @@ class Policy(nn.Module):
         model.set_attn_implementation("sdpa")  # flash attention would ignore the mask of `forward`
         self.model = model
         self.unwritable = unwritable
-        self.c1_by_c2 = flops_ratio(model)
+        self.cost_ratio = cost_ratio_of(model)
 
     def token_logp(self, hidden: Tensor, target: Tensor) -> Tensor:
         """hidden [tokens, D], target [tokens] -> [tokens], in float32."""
@@ -452,7 +451,7 @@ def score(
     """Every answer with its log-probs [T], by the forward pass of training; size groups at once."""
     policy.eval()
     for part in batches(groups, size):
-        batch = send_to_device(pack(part, policy.c1_by_c2), policy.model.device)
+        batch = send_to_device(pack(part, policy.cost_ratio), policy.model.device)
         logp = policy(batch).tolist()
         for answer, row in zip(answers_of(part), logp, strict=True):
             yield answer, row[: len(answer.ids)]
@@ -612,8 +611,9 @@ def train(options: Train, find_experts: FindExperts | None = None) -> dict:  # n
             show=show,
         )
 
-        # 2. log pi_old, by the policy before the first update. The actor's own log-probs would not
-        # do: they are rounded in another way. If there is one update, see below.
+        # 2. log pi_old, by the policy before the first update; if there is only one, its forward
+        # pass gives it, below. The actor's log-probs would not do, as they are rounded in another
+        # way.
         n_updates = options.questions_per_rollout // options.questions_per_update
         if n_updates > 1:
             for answer, logp in score(policy, groups, options.micro_batch):
@@ -631,10 +631,10 @@ def train(options: Train, find_experts: FindExperts | None = None) -> dict:  # n
             n_answers, n_tokens, n_own_answers, n_own_tokens = count_answers(part, accelerator)
 
             for micro_batch in batches(part, options.micro_batch):
-                batch = send_to_device(pack(micro_batch, policy.c1_by_c2), accelerator.device)
+                batch = send_to_device(pack(micro_batch, policy.cost_ratio), accelerator.device)
                 logp = policy(batch)  # [N, T], with gradient
 
-                # log pi_phi for experts, log pi_old for own answers: in the only update it is logp.
+                # log pi_phi for experts. For own answers log pi_old, here if it is the only update.
                 behavior_logp = batch.behavior_logp
                 if n_updates == 1:
                     is_expert = batch.is_expert[:, None]
@@ -676,10 +676,9 @@ def train(options: Train, find_experts: FindExperts | None = None) -> dict:  # n
 
         # 5. Log, save, evaluate.
         metrics.append({"seconds": (time.perf_counter() - started, 1)})
-        n_errors = grader_errors.total()
-        metrics.append({"grader_errors": (n_errors, 1 / n_processes)})  # a sum over processes
-        grader_errors.clear()
         means = means_of(metrics)
+        means["grader_errors"] = sum(gather_object([grader_errors.total()]))
+        grader_errors.clear()
         write("metrics.jsonl", {"step": step, **means})
         progress.update(step=step, generate_batch=options.generate_batch)
         if step % options.every == 0 or step == options.steps:
@@ -1187,7 +1186,7 @@ def sample(
     """n answers to each prompt, as many at once as memory holds.
 
     In training the temperature is 1: log-probs are those of temperature 1. At 0 the likeliest token
-    is taken.
+    is taken. When memory runs out, options.generate_batch is halved for good.
     """
     options = encoder.options
     seed = torch.randint(2**62, ()).item()
@@ -1509,7 +1508,7 @@ def export_model(folder: Path, actor, encoder: Encoder):
 # ===== 10. Counting and logging ===================================================================
 
 
-def answers_per_row(group: Group, c1_by_c2: float) -> int:
+def answers_per_row(group: Group, cost_ratio: float) -> int:
     """All in one row; but for long answers several rows, as attention grows with a row's square.
 
     A token costs c1 FLOPs in the weights and c2 * L in attention. So k rows with S answer tokens in
@@ -1518,12 +1517,12 @@ def answers_per_row(group: Group, c1_by_c2: float) -> int:
     n_prompt = len(group.prompt.ids)
     n_answers = len(group.answers)
     n_tokens = sum(len(answer.ids) for answer in group.answers)
-    best_row = n_prompt * math.sqrt(c1_by_c2 / n_prompt + 1)
+    best_row = n_prompt * math.sqrt(cost_ratio / n_prompt + 1)
     n_rows = max(1, int(n_tokens / best_row))
     return math.ceil(n_answers / n_rows)
 
 
-def flops_ratio(model) -> float:
+def cost_ratio_of(model) -> float:
     """c1 / c2 of answers_per_row, of a layer: 2 FLOPs a weight, 4 * D for each pair of tokens."""
     layer = model.model.language_model.layers[0]
     n_weights = sum(p.numel() for p in layer.parameters())
@@ -1745,35 +1744,38 @@ def same(prediction: str, answer: str) -> bool:
     if re.fullmatch(r"\(?[A-H]\)?", answer):
         return is_letter(prediction, answer.strip("()"))
 
-    # An option's letter where its value is asked: "B. 60" for 60.
+    # 1. An option's letter where its value is asked: "B. 60" for 60.
     prediction = re.sub(r"^(?:\([A-H]\)|[A-H][.:)]) ", "", prediction)
 
-    # A name that only one of the two gives: x = 5 for 5. Of 5√2 ≈ 7.07 the exact side counts.
-    if ("=" in prediction) != ("=" in answer) or ("≈" in prediction) != ("≈" in answer):
+    # 2. A name that only one of the two gives: x = 5 for 5.
+    has_name = [("=" in text or "≈" in text) for text in (prediction, answer)]
+    if has_name[0] != has_name[1]:
         prediction = re.sub(NAME, "", prediction)
         answer = re.sub(NAME, "", answer)
+
+    # 3. Of 5√2 ≈ 7.07 the exact side counts. An equation is not a value: 2x = 60 is not 60.
     prediction = prediction.split("≈")[0].strip()
     answer = answer.split("≈")[0].strip()
     if ("=" in prediction) != ("=" in answer):
         return False
 
-    # Of two units one may be missing.
+    # 4. Of two units one may be missing.
     prediction, unit = value_and_unit(prediction)
     answer, other_unit = value_and_unit(answer)
     if unit and other_unit and unit != other_unit:
         return False
 
-    # Equal as text, but for spaces. Those between numbers count, as 3 4 is not 34.
+    # 5. Equal as text, but for spaces. Those between numbers count, as 3 4 is not 34.
     prediction = re.sub(r"(?<!\d) | (?!\d)", "", prediction)
     answer = re.sub(r"(?<!\d) | (?!\d)", "", answer)
     if prediction.lower() == answer.lower():
         return answer != ""
 
-    # Where words stand, they must be equal: increases is not decreases.
+    # 6. Where words stand, they must be equal: increases is not decreases.
     if words_of(prediction) != words_of(answer):
         return False
 
-    # Equal as formulas.
+    # 7. Equal as formulas.
     for text in (prediction, answer):
         if text == "" or re.fullmatch(CHAIN, text) or re.search(NO_FORMULA, text):
             return False  # these are none

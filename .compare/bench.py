@@ -90,11 +90,11 @@ def start(options, folder: str) -> SimpleNamespace:
     )
 
 
-def update(run: SimpleNamespace, groups: list, size: int, c1_by_c2: float):
+def update(run: SimpleNamespace, groups: list, size: int, cost_ratio: float):
     """As in tgrl.train, without experts."""
     clip, n_tokens = dict(clip_low=0.2, clip_high=0.28), sum(len(t.ids) for t in tgrl.answers_of(groups))
     for part in tgrl.batches(groups, size):
-        batch = send_to_device(tgrl.pack(part, c1_by_c2), run.actor.device)
+        batch = send_to_device(tgrl.pack(part, cost_ratio), run.actor.device)
         logp = run.policy.train()(batch)
         what = batch.mask, batch.advantages, batch.is_expert, batch.expert_ok
         shares = tgrl.token_shares(batch.mask, "dapo", n_tokens=n_tokens)
@@ -134,7 +134,7 @@ def bench(run: SimpleNamespace, questions: int, n: int, tokens: int, size: int, 
     jobs = {
         "rollout": (lambda: tgrl.sample(run.actor, run.encoder, [prompt] * questions, n), 2, questions),
         "scoring": (lambda: list(tgrl.score(run.policy, together, size)), 2, questions),
-        "update": (lambda: update(run, together, size, run.policy.c1_by_c2), 6, questions),
+        "update": (lambda: update(run, together, size, run.policy.cost_ratio), 6, questions),
         "in one row": (lambda: update(run, together, size, math.inf), 6, questions),
         "separate rows": (lambda: update(run, apart, size * n, math.inf), 6, questions * n),
     }

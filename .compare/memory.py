@@ -87,12 +87,12 @@ card = Card()
 torch.UntypedStorage.resize_, nn.functional.scaled_dot_product_attention = resize, attention
 
 
-def make_batch(tokens: int, c1_by_c2: float) -> SimpleNamespace:
+def make_batch(tokens: int, cost_ratio: float) -> SimpleNamespace:
     with unset_fake_temporarily():
         ids, grid = torch.full((PROMPT,), 10), torch.tensor([[1, 2 * SIDE, 2 * SIDE]])
         prompt = tgrl.Prompt(ids, ids[:, None].expand(-1, 3), torch.zeros(4 * SIDE**2, 1176), grid)
         answers = [tgrl.Trajectory([10] * tokens, "", 0.0) for _ in range(ANSWERS)]
-        batch = SimpleNamespace(**tgrl.pack([tgrl.Group(None, prompt, answers)], c1_by_c2)._asdict())
+        batch = SimpleNamespace(**tgrl.pack([tgrl.Group(None, prompt, answers)], cost_ratio)._asdict())
         # The vision tower is told ten of its windows as one: as many bytes, 1 % more FLOPs, in half the time.
         places, ends = get_vision_window_index(batch.vision["image_grid_thw"], 2, 112, 14)
         batch.vision.update(window_index=places, cu_window_seqlens=torch.cat([ends[:-1:10], ends[-1:]]))
@@ -103,9 +103,9 @@ def make_batch(tokens: int, c1_by_c2: float) -> SimpleNamespace:
     return batch
 
 
-def measure(policy: tgrl.Policy, optimizer, tokens: int, c1_by_c2: float) -> tuple:
+def measure(policy: tgrl.Policy, optimizer, tokens: int, cost_ratio: float) -> tuple:
     """-> rows; bytes at the peaks of scoring, of forward and backward, of the step; FLOPs of the second."""
-    batch, card.answer_tokens, card.peak = make_batch(tokens, c1_by_c2), ANSWERS * tokens, card.now
+    batch, card.answer_tokens, card.peak = make_batch(tokens, cost_ratio), ANSWERS * tokens, card.now
     with torch.no_grad():
         policy.eval()(batch)
     peaks, card.peak, card.flops = [card.peak], card.now, 0
@@ -135,7 +135,7 @@ def main():
             optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
             measure(policy, optimizer, 1, math.inf)  # makes the moments; DTensor plans with whole stand-ins
             held.append(card.now - sum(held))
-            limits = [policy.c1_by_c2] + [math.inf] * (world == o.world[-1])  # inf: one row, however long
+            limits = [policy.cost_ratio] + [math.inf] * (world == o.world[-1])  # inf: one row, however long
             for tokens, limit in itertools.product(o.tokens, limits):
                 rows, peaks, flops = measure(policy, optimizer, tokens, limit)
                 gib = [f"{x / GIB:7.2f}" for x in (*held, *peaks, max(peaks))]
