@@ -18,9 +18,9 @@ a stronger model, the expert. The method, as the function `train` goes through i
                 R = 1 if the boxed answer is right, else 0                         Eq. 3
                 A = (R - mean R) / std R, over the whole group                     Eq. 15, 16
                 m = 1 for a right expert answer, 0 for a wrong one (the filter)    Eq. 22
-                choose the group if its unfiltered answers differ in R
+                choose the group if its kept answers, all but those with m = 0, differ in R
         fill up with other groups, if too few are chosen
-        compute log pi_old with the policy as it is now
+        compute log pi_old with the policy (for a single update: its log pi_theta, detached)
         for each update, on its part of the groups:
             compute log pi_theta of every answer token, with gradient
             ratio = pi_theta / pi_old, for the policy's own tokens                 Eq. 2, 4
@@ -41,9 +41,9 @@ So the derivative of J by a token's log pi_theta is
     a right expert answer   share * A * w * rho      w * rho > 1 + clip_high (as A >= 0)
     a wrong expert answer   0, as m = 0
 
-rho = e^-Delta is small where the policy lags behind the expert. w is at most 1, so it cannot make
-up for that. It turns down the tokens at which the policy lags less than on average in this answer:
-with beta = 14, w is 0.015, 0.5, 0.985 for Delta~ of -0.3, 0, 0.3.
+Where the policy lags behind the expert, rho = e^-Delta is small, and w, which is at most 1, does
+not make it larger. What w does is to turn down the tokens at which the policy lags less than on
+average in this answer: with beta = 14, w is 0.015, 0.5, 0.985 for Delta~ of -0.3, 0, 0.3.
 
 Shapes
     B questions         G answers to a question      N answers in all
@@ -62,7 +62,8 @@ Symbols of the paper, and names in this file
 What the paper leaves open, and what is done here (reasons in README.md)
     gradient through w          none
     std in Eq. 15 and 19        over n - 1, plus 1e-6
-    a wrong expert answer       counts in mean, std and shares; m = 0 takes its gradient away
+    a wrong expert answer       counts in mean, std and shares; m = 0 takes its gradient away. So
+                                right answers beside it have A > 0, even if all others are right
     KL                          the k3 estimator, averaged over the policy's own answers
     shares of Eq. 24, 25        of the whole update, on all processes
     clip                        0.2 in GRPO, 0.2 and 0.28 in DAPO; log ratios are cut at 20 [EasyR1]
@@ -198,7 +199,7 @@ def tgrl_loss(
     logp: Tensor,  # [N, T] log pi_theta, with gradient; float32; padding may hold anything
     behavior_logp: Tensor,  # [N, T] log pi_old, or log pi_phi of experts
     mask: Tensor,  # [N, T] True: an answer token, the end token included
-    advantages: Tensor,  # [N] group_advantages(rewards).flatten()
+    advantages: Tensor,  # [N] of each answer, by group_advantages
     is_expert: Tensor,  # [N] bool
     expert_ok: Tensor,  # [N] bool, m of Eq. 22; for own answers it is not used
     shares: Tensor,  # [N, T] by token_shares
@@ -213,9 +214,10 @@ def tgrl_loss(
 ) -> tuple[Tensor, dict]:
     """-> (loss, metrics). Without expert answers this is GRPO (Eq. 2) or DAPO (Eq. 4) exactly.
 
-    A metric is a pair (sum, count); pairs add up over micro-batches and processes. Metrics leave
-    out filtered expert answers. These have r~ = 0, and the lowest reward of their group, so A <= 0:
-    min(r~ A, clip(r~) A) is the constant (1 - clip_low) A.
+    A metric is a pair (sum, count); pairs add up over micro-batches and processes. The loss has a
+    constant, without gradient, for filtered expert answers: they have r~ = 0 and, as the lowest
+    reward of their group, A <= 0, so min(r~ A, clip(r~) A) is (1 - clip_low) A. Metrics leave it
+    out.
     """
     assert mask.shape == logp.shape == behavior_logp.shape == shares.shape, "each of them is [N, T]"
     mask = mask.bool()
@@ -313,10 +315,11 @@ def set_advantages(group: Group, use_filter: bool):
         if answer.is_expert and use_filter:
             answer.expert_ok = answer.reward == 1  # Eq. 22
 
-    # Contrast: do the unfiltered answers differ? Rewards 0 0 0 of the policy and 1 of the expert
-    # do. 1 1 1 and 0 do not, as the 0 is filtered: what is left has one and the same advantage.
-    unfiltered = {answer.reward for answer in group.answers if answer.expert_ok}
-    group.has_contrast = len(unfiltered) > 1
+    # Contrast: do the kept answers differ? Rewards 0 0 0 of the policy and 1 of the expert do. 1 1
+    # 1 and a filtered 0 do not: all that are kept have the same advantage, so they are not
+    # compared.
+    kept = {answer.reward for answer in group.answers if answer.expert_ok}
+    group.has_contrast = len(kept) > 1
 
 
 # ===== 3. Log-probs: a group is one row, or a few =================================================
@@ -599,7 +602,7 @@ def train(options: Train, find_experts: FindExperts | None = None) -> dict:  # n
         started = time.perf_counter()
         torch.manual_seed(hash((options.seed, step, accelerator.process_index)))
 
-        # 1. Groups that can teach, of this process.
+        # 1. The groups of this process.
         groups, metrics = draw_groups(
             actor=actor,
             encoder=encoder,
@@ -611,9 +614,8 @@ def train(options: Train, find_experts: FindExperts | None = None) -> dict:  # n
             show=show,
         )
 
-        # 2. log pi_old, by the policy before the first update; if there is only one, its forward
-        # pass gives it, below. The actor's log-probs would not do, as they are rounded in another
-        # way.
+        # 2. log pi_old, by the policy before the first update. (The actor's log-probs would not do,
+        # as they are rounded in another way.) A single update gets it from its own forward pass.
         n_updates = options.questions_per_rollout // options.questions_per_update
         if n_updates > 1:
             for answer, logp in score(policy, groups, options.micro_batch):
@@ -634,11 +636,10 @@ def train(options: Train, find_experts: FindExperts | None = None) -> dict:  # n
                 batch = send_to_device(pack(micro_batch, policy.cost_ratio), accelerator.device)
                 logp = policy(batch)  # [N, T], with gradient
 
-                # log pi_phi for experts. For own answers log pi_old, here if it is the only update.
-                behavior_logp = batch.behavior_logp
-                if n_updates == 1:
-                    is_expert = batch.is_expert[:, None]
-                    behavior_logp = torch.where(is_expert, behavior_logp, logp.detach())
+                # log pi_phi for the expert's answers, log pi_old for the policy's own.
+                own_logp = logp.detach() if n_updates == 1 else batch.behavior_logp
+                is_expert = batch.is_expert[:, None]
+                behavior_logp = torch.where(is_expert, batch.behavior_logp, own_logp)
 
                 # How much each token counts.
                 shares = token_shares(batch.mask, average, n_answers, n_tokens)
@@ -1133,7 +1134,7 @@ def sample_batch(
     if temperature > 0:
         actor.generation_config.update(do_sample=True, temperature=temperature, top_k=0)
 
-    # Padded on the left, so that all answers begin in the same column.
+    # Prompts are padded on the left, so that all answers begin in the same column.
     ids = pad([prompt.ids for prompt in prompts], side="left").to(actor.device)  # [B, P]
     is_token = pad([torch.ones_like(prompt.ids) for prompt in prompts], side="left").to(
         actor.device
@@ -1580,6 +1581,8 @@ def means_of(metrics: list[dict]) -> dict[str, float]:
     for some in metrics:
         for name, (total, count) in some.items():
             pairs.append((name, float(total), float(count)))
+
+    # Add up what all processes have.
     totals = collections.Counter()
     counts = collections.Counter()
     for name, total, count in gather_object(pairs):
@@ -1611,8 +1614,8 @@ def summary(means: dict[str, float]) -> str:
 # ===== 11. The reward: is the boxed answer right?   Eq. 3 =========================================
 # reward(response, answer) is 1.0 if the last \boxed{...} of the response means the same as the
 # answer: it has the same text, or names the same option, or math-verify finds the formulas equal.
-# Unequal on purpose: lists in another order; 12 cm and 12 centimeters; 7.07 and 5\sqrt{2} ≈ 7.07,
-# of which the exact side counts.
+# Unequal on purpose: lists in another order; ab and ba; 4 \times 6 and 24; 12 cm and 12
+# centimeters; 7.07 and 5\sqrt{2} ≈ 7.07, of which the exact side counts.
 
 LOOKS = {  # how it may be written -> what is compared
     "\\left": "",
@@ -1880,22 +1883,22 @@ def rectify(actor, encoder: Encoder, groups: list[Group], tries: int, rounds: in
             problem = flawed[number].problem
             [prefix] = flawed[number].answers
             answers = []
-            for suffix in suffixes:
-                ids = (prefix.ids + suffix)[: encoder.options.max_answer]
+            for suffix_ids in suffixes:
+                ids = (prefix.ids + suffix_ids)[: encoder.options.max_answer]
                 answers.append(grade(ids, problem, encoder))
             right = [answer for answer in answers if answer.reward == 1 and answer.finished]
-            answer = right[0] if right else answers[0]
+            best = right[0] if right else answers[0]
 
-            # The prefix has its log-probs; the suffix was written with this prompt.
-            suffix = Trajectory(answer.ids[len(prefix.ids) :], text="", reward=0.0)
+            # The prefix has its log-probs. The suffix was written with this prompt.
+            suffix = Trajectory(best.ids[len(prefix.ids) :], text="", reward=0.0)
             [(_, suffix_logp)] = score(judge, [Group(problem, prompt, [suffix])], size=1)
-            answer.behavior_logp = prefix.behavior_logp + suffix_logp
+            best.behavior_logp = prefix.behavior_logp + suffix_logp
             if right:
-                answer.source = "self"
-                answer.is_expert = True
-                experts[number] = [answer]
+                best.source = "self"
+                best.is_expert = True
+                experts[number] = [best]
             else:
-                still_flawed[number] = Group(problem, prompt, [answer])
+                still_flawed[number] = Group(problem, prompt, [best])
         flawed = still_flawed
 
     n_right = sum(len(answers) for answers in experts)
