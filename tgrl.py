@@ -209,15 +209,13 @@ def tgrl_loss(
     clip_high: float,
     kl_coef: float = 0.0,  # beta of Eq. 24
     ref_logp: Tensor | None = None,  # [N, T] log pi_ref
-    kl_shares: Tensor
-    | None = None,  # [N, T] token_shares of the own answers; None: those of this batch
+    kl_shares: Tensor | None = None,  # [N, T] shares of own tokens; None: of those in this batch
 ) -> tuple[Tensor, dict]:
     """-> (loss, metrics). Without expert answers this is GRPO (Eq. 2) or DAPO (Eq. 4) exactly.
 
     A metric is a pair (sum, count); pairs add up over micro-batches and processes. The loss has a
     constant, without gradient, for filtered expert answers: they have r~ = 0 and, as the lowest
-    reward of their group, A <= 0, so min(r~ A, clip(r~) A) is (1 - clip_low) A. Metrics leave it
-    out.
+    reward of their group, A <= 0, so min(r~ A, clip(r~) A) is (1 - clip_low) A.
     """
     assert mask.shape == logp.shape == behavior_logp.shape == shares.shape, "each of them is [N, T]"
     mask = mask.bool()
@@ -229,12 +227,12 @@ def tgrl_loss(
     surrogate = torch.minimum(coefficient * advantage, clipped * advantage)  # [N, T]
     loss = -(shares * surrogate).sum()  # Eq. 2, 4, 24, 25
 
-    # Metrics. With the filter, the kept expert answers are the right ones.
+    # Metrics, without what is filtered.
     is_own = mask & ~is_expert[:, None]  # [N, T]
     is_kept_expert = mask & (is_expert & expert_ok)[:, None]  # [N, T]
     objective, _ = masked_total(shares * surrogate, is_own | is_kept_expert)
     metrics = {
-        "objective": (objective, shares.sum()),  # shares add up to 1 over an update
+        "objective": (objective, shares.sum()),  # over an update all shares add up to 1
         "entropy": masked_total(-logp, is_own),  # estimated from the tokens that were sampled
         "ratio": masked_total(coefficient, is_own),
         "clipped": masked_total((surrogate < coefficient * advantage).float(), is_own),
@@ -443,7 +441,7 @@ class Policy(nn.Module):
             logp.append(checkpoint(self.token_logp, some_hidden, some_target, use_reentrant=False))
         logp = torch.cat(logp).to(batch.mask.device)  # [tokens]
 
-        # Back to [N, T]: the first of them to the first True of the mask, and so on.
+        # [tokens] -> [N, T]: they take the places where the mask is True, in order.
         return torch.zeros_like(batch.behavior_logp).masked_scatter(batch.mask, logp)
 
 
@@ -488,6 +486,7 @@ def draw_groups(
     n_drawn = 0  # questions, on all processes
     n_questions = quota  # to draw next, on each process
     for _ in range(options.max_draws):
+        # From one list of questions each process takes the next that are its own.
         first = progress["n_drawn"] + accelerator.process_index * n_questions
         questions = questions_from(problems, options.seed, first, n_questions)
         progress["n_drawn"] += n_processes * n_questions
@@ -624,7 +623,7 @@ def train(options: Train, find_experts: FindExperts | None = None) -> dict:  # n
 
         # 3. Update the policy, each time on a part of the groups.
         policy.train()
-        average = "dapo" if options.token_mean else "grpo"  # whose average, see token_shares
+        average = "dapo" if options.token_mean else "grpo"  # over tokens, or over answers
         for i in range(n_updates):
             bar.set_postfix_str(f"update {i + 1}/{n_updates}")
             part = groups[i::n_updates]  # a stride, as the groups that fill up stand last
