@@ -232,7 +232,7 @@ def tgrl_loss(
     is_kept_expert = mask & (is_expert & expert_ok)[:, None]  # [N, T]
     objective, _ = masked_total(shares * surrogate, is_own | is_kept_expert)
     metrics = {
-        "objective": (objective, shares.sum()),  # over an update all shares add up to 1
+        "objective": (objective, shares.sum()),  # a weighted mean: the weights are the shares
         "entropy": masked_total(-logp, is_own),  # estimated from the tokens that were sampled
         "ratio": masked_total(coefficient, is_own),
         "clipped": masked_total((surrogate < coefficient * advantage).float(), is_own),
@@ -313,9 +313,8 @@ def set_advantages(group: Group, use_filter: bool):
         if answer.is_expert and use_filter:
             answer.expert_ok = answer.reward == 1  # Eq. 22
 
-    # Contrast: do the kept answers differ? Rewards 0 0 0 of the policy and 1 of the expert do. 1 1
-    # 1 and a filtered 0 do not: all that are kept have the same advantage, so they are not
-    # compared.
+    # Contrast: do the kept answers differ? Rewards 0 0 0 of the policy and 1 of the expert do.
+    # 1 1 1 and a filtered 0 do not: all that are kept would be pushed up alike.
     kept = {answer.reward for answer in group.answers if answer.expert_ok}
     group.has_contrast = len(kept) > 1
 
@@ -372,7 +371,8 @@ def lay_out_row(prompt: Prompt, answers: list[Trajectory]) -> tuple[Tensor, Tens
 
 
 def pack(groups: list[Group], cost_ratio: float = math.inf) -> Batch:
-    """One row for each group; with the policy's cost_ratio several rows, where these cost less."""
+    """One row for each group. With the policy's cost_ratio, long answers get several rows where
+    that is cheaper: see answers_per_row."""
     # What the policy reads.
     rows = []
     prompts = []
@@ -483,8 +483,8 @@ def draw_groups(
     chosen = []
     spare = []  # without contrast
     metrics = []
-    n_drawn = 0  # questions, on all processes
-    n_questions = quota  # to draw next, on each process
+    n_drawn = 0  # questions in this step, of all processes
+    n_questions = quota  # to draw next, by each process
     for _ in range(options.max_draws):
         # From one list of questions each process takes the next that are its own.
         first = progress["n_drawn"] + accelerator.process_index * n_questions
@@ -516,7 +516,8 @@ def draw_groups(
 
 # As long as its pseudocode, hence with more branches than ruff would have it.
 def train(options: Train, find_experts: FindExperts | None = None) -> dict:  # noqa: C901
-    """The method, in the order of the docstring above; find_experts None: from the cache.
+    """The method, in the order of the docstring above. Without find_experts, experts come from the
+    cache; with --n_off 0 there are none.
 
     -> the last metrics
     """
@@ -623,10 +624,10 @@ def train(options: Train, find_experts: FindExperts | None = None) -> dict:  # n
 
         # 3. Update the policy, each time on a part of the groups.
         policy.train()
-        average = "dapo" if options.token_mean else "grpo"  # over tokens, or over answers
+        average = "dapo" if options.token_mean else "grpo"  # so token_shares names the two averages
         for i in range(n_updates):
             bar.set_postfix_str(f"update {i + 1}/{n_updates}")
-            part = groups[i::n_updates]  # a stride, as the groups that fill up stand last
+            part = groups[i::n_updates]  # a stride: spare groups stand last
 
             # What this update averages over, on all processes.
             n_answers, n_tokens, n_own_answers, n_own_tokens = count_answers(part, accelerator)
