@@ -1047,13 +1047,18 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, device_map: str | 
         raise BadInput(f"cannot load model {name} {hint}: {error}") from error
 
 
+@functools.lru_cache(maxsize=2)
+def order_of_epoch(n_problems: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(hash((seed, epoch)))
+    return torch.randperm(n_problems, generator=generator).tolist()
+
+
 def questions_from(problems: list[Problem], seed: int, first: int, n: int) -> list[Problem]:
     """Number first to first + n - 1 of an endless list of questions, shuffled anew each epoch."""
     drawn = []
     for number in range(first, first + n):
         epoch, place = divmod(number, len(problems))
-        generator = torch.Generator().manual_seed(hash((seed, epoch)))
-        order = torch.randperm(len(problems), generator=generator)
+        order = order_of_epoch(len(problems), seed, epoch)
         drawn.append(problems[order[place]])
     return drawn
 
